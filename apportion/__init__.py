@@ -1,0 +1,1 @@
+"""Give each input the compute it needs, and no more."""
