@@ -235,7 +235,11 @@ class Outcomes:
         n, k = self.correct.shape
         shapes = {name: tuple(getattr(self, name).shape) for name in ("agree", "loss", "margin")}
         if any(shape != (n, k) for shape in shapes.values()) or self.cost.shape != (k,) or self.signal.shape[0] != n or not n:
-            raise ControlError(f"tables of shapes {shapes} for {n} samples and {k} paths", wanted="one row for each sample, one column for each path", do="Measure all paths on the same samples.")
+            raise ControlError(
+                f"tables of shapes {shapes} for {n} samples and {k} paths",
+                wanted="one row for each sample, one column for each path",
+                do="Measure all paths on the same samples.",
+            )
         if not bool((self.cost[1:] >= self.cost[:-1]).all()):
             raise ControlError("paths that are not in order of cost", wanted="cheapest first, full last", do="Sort the ladder.")
 

@@ -1,0 +1,57 @@
+"""The few tensor moves that methods share. All are per sample: no row ever sees another sample's row."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apportion.vocab import Tokens
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention, (b, h, n, c) each; `bias` is added to the scores and broadcasts to (b, h, n, m).
+
+    Written out where a gradient is wanted on a CPU (the fused kernel's backward pass is half of a training step there),
+    fused everywhere else; a test holds the two forms together.
+    """
+    if query.requires_grad and query.device.type == "cpu":
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return (scores if bias is None else scores + bias).softmax(-1) @ value
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def size_bias(tokens: Tokens) -> Tensor | None:
+    """log(size) for every key, so that a merged token counts as often as the tokens it stands for; None while nothing is merged."""
+    return tokens.size.log()[:, None, None, :] if tokens.reduced else None
+
+
+def _flat(index: Tensor, rows: int) -> Tensor:
+    """(b, m) indices into rows of one sample, as indices into the rows of the whole batch: one flat copy beats an expanded gather many times over."""
+    return (index + torch.arange(index.shape[0], device=index.device)[:, None] * rows).flatten()
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (b, m) of x (b, n, ...) -> (b, m, ...)."""
+    rows = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]).index_select(0, _flat(index, x.shape[1]))
+    return rows.view(index.shape[0], index.shape[1], *x.shape[2:])
+
+
+def add_at(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """x (b, n, ...) with values (b, m, ...) added to its rows `index` (b, m); rows named twice get both."""
+    rows = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    return rows.index_add(0, _flat(index, x.shape[1]), values.reshape(-1, *x.shape[2:])).view_as(x)
+
+
+def reduce(tokens: Tokens, kept: Tensor, gone: Tensor, into: Tensor) -> Tokens:
+    """Keep rows `kept` (b, k) in that order; add each row of `gone` (b, r) to the kept row at position `into` (b, r), weighted by size.
+
+    Sum of size * value is unchanged. All indices include the prefix, which must come first in `kept`.
+    """
+    x, size, origin, prefix = tokens
+    weighted = x * size[..., None]
+    new_size = add_at(take(size, kept), into, take(size, gone))
+    new_x = add_at(take(weighted, kept), into, take(weighted, gone)) / new_size[..., None]
+    place = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+    place = place.scatter(1, kept, torch.arange(kept.shape[1], device=x.device).expand_as(kept)).scatter(1, gone, into)
+    return Tokens(new_x, new_size, place.gather(1, origin), prefix)

@@ -1,0 +1,59 @@
+"""Attentive pruning: keep the tokens that the class token attends to most, and join the others into one.
+
+Liang et al. 2022, "Not All Patches Are What You Need: Expediting Vision Transformers via Token Reorganizations", arXiv 2202.07800, section 3.
+Needs a class token. Cost: one row of attention. Not for dense prediction, and not early in a network: a first block's class token knows little.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import nn
+
+from apportion.errors import PlanError
+from apportion.methods import ops
+from apportion.methods.slots import Mixed
+from apportion.vocab import Card, Notes, Tokens
+
+
+class EViT(nn.Module):
+    card = Card(
+        "Expediting ViTs via token reorganisation",
+        "Liang et al. 2022",
+        "2202.07800",
+        "tokens",
+        exact=True,
+        needs="healing",
+        changed="the joined token is the size-weighted mean and carries its size into later attention, so that it means the same as a merged one",
+    )
+    reduces = True
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    @classmethod
+    def from_dense(cls, part: nn.Module, *, channels: int) -> Self:
+        return cls(channels)
+
+    def forward(self, tokens: Tokens, keep: int, mixed: Mixed, notes: Notes | None = None) -> Tokens:
+        n, prefix = tokens.x.shape[1], tokens.prefix
+        if n == keep:
+            return tokens
+        if prefix == 0:
+            raise PlanError("attentive pruning in a network without a class token", wanted="a class token to ask", do="Choose the reducer `tome` instead.")
+        scores = (mixed.query[:, :, :1] @ mixed.key.transpose(-1, -2)).squeeze(2) * self.channels**-0.5
+        bias = ops.size_bias(tokens)
+        attention = (scores if bias is None else scores + bias[:, 0]).softmax(-1).mean(1)[:, prefix:]
+        order = attention.argsort(dim=-1, descending=True, stable=True) + prefix
+        # The strongest of those that do not stay is the row into which the rest is joined.
+        stay, last, gone = order[:, : keep - prefix - 1].sort(dim=-1).values, order[:, keep - prefix - 1, None], order[:, keep - prefix :]
+        first = torch.arange(prefix, device=order.device).expand(order.shape[0], -1)
+        return ops.reduce(tokens, torch.cat((first, stay, last), 1), gone, torch.full_like(gone, keep - 1))
+
+    def macs(self, before: int, keep: int, prefix: int, mixed_heads: int) -> int:
+        return 0 if before == keep else before * mixed_heads * self.channels
+
+
+METHOD = EViT

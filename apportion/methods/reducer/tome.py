@@ -1,0 +1,52 @@
+"""Token merging: join the most alike tokens, each counting for as many as it stands for.
+
+Bolya et al. 2023, "Token Merging: Your ViT But Faster", arXiv 2210.09461, section 3: tokens are dealt in turn into two sets, each of the first
+finds its most similar in the second (cosine of keys, mean over heads), and the most similar pairs are joined by their weighted mean.
+One call takes away at most half. Cost: one product of half by half the tokens. Not for fewer than about 32 tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from apportion.methods import ops
+from apportion.methods.slots import Mixed
+from apportion.vocab import Card, Notes, Tokens
+
+
+class ToMe(nn.Module):
+    card = Card("Token Merging", "Bolya et al. 2023", "2210.09461", "tokens", exact=True, needs="nothing")
+    reduces = True
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    @classmethod
+    def from_dense(cls, part: nn.Module, *, channels: int) -> Self:
+        return cls(channels)
+
+    def forward(self, tokens: Tokens, keep: int, mixed: Mixed, notes: Notes | None = None) -> Tokens:
+        n, prefix = tokens.x.shape[1], tokens.prefix
+        remove = n - keep
+        if remove == 0:
+            return tokens
+        metric = F.normalize(mixed.key[:, :, prefix:].mean(1), dim=-1)
+        best, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
+        order = best.argsort(dim=-1, descending=True, stable=True)
+        gone, stay = order[:, :remove], order[:, remove:].sort(dim=-1).values
+        b, second = order.shape[0], metric.shape[1] // 2
+        first = torch.arange(prefix, device=order.device).expand(b, -1)
+        kept = torch.cat((first, prefix + 2 * stay, prefix + 1 + 2 * torch.arange(second, device=order.device).expand(b, -1)), 1)
+        return ops.reduce(tokens, kept, prefix + 2 * gone, prefix + stay.shape[1] + partner.gather(1, gone))
+
+    def macs(self, before: int, keep: int, prefix: int, mixed_heads: int) -> int:
+        left = before - prefix
+        return 0 if before == keep else (left - left // 2) * (left // 2) * self.channels
+
+
+METHOD = ToMe

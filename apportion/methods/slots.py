@@ -1,0 +1,96 @@
+"""What each slot takes and gives back: a method's signature is its documentation.
+
+Shapes: b samples, n tokens, d channels, h heads. `macs` is the closed form of one call per sample, in multiply-adds, beside the code it counts.
+Every method also has a `card` and is built with `from_dense(part, **options)` from the part that it replaces.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from apportion.vocab import Notes, Tokens
+
+
+class Mixed(NamedTuple):
+    """What a mixer gives: the branch to add, and what a reducer may look at without computing it again."""
+
+    out: Tensor  # (b, n, d)
+    query: Tensor  # (b, h, n, d / h)
+    key: Tensor  # (b, h, n, d / h)
+
+
+class Contribution(NamedTuple):
+    """Where the importance of a hidden unit (or head) shows: at the input of this module, in groups of `unit` channels."""
+
+    into: nn.Module
+    unit: int
+    strength: Tensor  # (input channels of the module,) squared norm of what leaves each one
+
+
+class Tokeniser(Protocol):
+    def __call__(self, inputs: Tensor, patch: int) -> Tokens: ...
+    def macs(self, patch: int) -> int: ...
+
+
+class Reducer(Protocol):
+    reduces: bool
+
+    def __call__(self, tokens: Tokens, keep: int, mixed: Mixed, notes: Notes | None = None) -> Tokens: ...
+    def macs(self, before: int, keep: int, prefix: int, mixed_heads: int) -> int: ...
+
+
+class Mixer(Protocol):
+    choices: tuple[int, ...]
+
+    def __call__(self, tokens: Tokens, heads: int, notes: Notes | None = None) -> Mixed: ...
+    def macs(self, tokens: int, heads: int) -> int: ...
+    def contribution(self) -> Contribution: ...
+    def permute(self, order: Tensor) -> None: ...
+
+
+class FeedForward(Protocol):
+    choices: tuple[int, ...]
+
+    def __call__(self, x: Tensor, width: int, notes: Notes | None = None) -> Tensor: ...
+    def macs(self, tokens: int, width: int) -> int: ...
+    def contribution(self) -> Contribution: ...
+    def permute(self, order: Tensor) -> None: ...
+
+
+class Norm(Protocol):
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Residual(Protocol):
+    def __call__(self, x: Tensor, branch: Tensor) -> Tensor: ...
+
+
+class Adapter(Protocol):
+    def __call__(self, x: Tensor, branch: Tensor) -> Tensor: ...
+    def macs(self, tokens: int) -> int: ...
+
+
+class Depth(Protocol):
+    skips: bool
+
+    def orders(self, blocks: int) -> tuple[tuple[int, ...], ...]: ...
+
+
+class Head(Protocol):
+    def __call__(self, tokens: Tokens) -> Tensor: ...
+    def macs(self, tokens: int, prefix: int) -> int: ...
+
+
+class Weight(Protocol):
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: Tensor, out: int | None = None, inp: int | None = None) -> Tensor: ...
+    def permute(self, *, out: Tensor | None = None, inp: Tensor | None = None) -> None: ...
+    def strength(self) -> Tensor: ...
+
+
+class Objective(Protocol):
+    def __call__(self, student: Tensor, *, teacher: Tensor | None = None, target: Tensor | None = None) -> Tensor: ...
