@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -97,6 +97,7 @@ class Space:
     width: tuple[int, ...]
     reduces: bool  # whether a reducer sits in the network
     skips: bool  # whether blocks may be left out
+    orders: tuple[tuple[int, ...], ...] = ()  # which blocks run at each depth that the depth method offers
 
     @property
     def full(self) -> Path:
@@ -245,11 +246,11 @@ class Outcomes:
 
     def rows(self, index: Tensor) -> Outcomes:
         """The same table for some of the samples."""
-        return Outcomes(*(getattr(self, name)[index] for name in ("signal", "correct", "agree", "loss", "margin")), self.cost)
+        return replace(self, **{name: getattr(self, name)[index] for name in ("signal", "correct", "agree", "loss", "margin")})
 
     def columns(self, index: Tensor) -> Outcomes:
         """The same table for some of the paths (ascending indices)."""
-        return Outcomes(self.signal, *(getattr(self, name)[:, index] for name in ("correct", "agree", "loss", "margin")), self.cost[index])
+        return replace(self, **{name: getattr(self, name)[:, index] for name in ("correct", "agree", "loss", "margin")}, cost=self.cost[index])
 
 
 class Answer(NamedTuple):

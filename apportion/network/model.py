@@ -107,7 +107,17 @@ class Network(nn.Module):
     def space(self) -> Space:
         """Every path that the methods in place can serve."""
         a, block = self.architecture, self.blocks[0]
-        return Space(a.patch, a.depth, a.tokens, a.prefix, block.mixer.choices, block.ffn.choices, block.reducer.reduces, self.depth.skips)  # pyright: ignore
+        return Space(
+            patch=a.patch,
+            depth=a.depth,
+            tokens=a.tokens,
+            prefix=a.prefix,
+            heads=block.mixer.choices,  # pyright: ignore
+            width=block.ffn.choices,  # pyright: ignore
+            reduces=block.reducer.reduces,  # pyright: ignore
+            skips=self.depth.skips,
+            orders=self.depth.orders(a.depth),
+        )
 
     def forward(self, inputs: Tensor, path: Path, notes: Notes | None = None) -> Tensor:
         """Logits along `path`. `notes`, an empty dict of the caller's, receives "feature" (b, n, d), "size" and "origin" after each step. Raises PathError."""

@@ -6,6 +6,8 @@ Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv 2010.11929, sect
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -74,9 +76,9 @@ def _conv_stem(channels: int, patch: int, dim: int) -> nn.Sequential:
     halvings = patch.bit_length() - 1
     widths = [channels, *(max(dim >> (halvings - i), 16) for i in range(1, halvings)), dim]
     layers: list[nn.Module] = []
-    for inp, out in zip(widths[:-1], widths[1:], strict=True):
+    for inp, out in itertools.pairwise(widths):
         layers += [nn.Conv2d(inp, out, 3, 2, 1), nn.GELU()]
-    return nn.Sequential(*layers[:-1], nn.GELU(), nn.Conv2d(dim, dim, 1))
+    return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
 
 
 METHOD = PatchTokeniser
