@@ -13,6 +13,7 @@ def write_atomic(file: str | os.PathLike[str], data: bytes | str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
+        os.chmod(aside, 0o666 & ~_mask())
         with os.fdopen(handle, "wb") as out:
             out.write(data.encode() if isinstance(data, str) else data)
             out.flush()
@@ -26,6 +27,13 @@ def write_atomic(file: str | os.PathLike[str], data: bytes | str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _mask() -> int:
+    """The process's file mode mask: temporary files are private, the finished one is like any other."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_json(file: str | os.PathLike[str], data: Any) -> None:

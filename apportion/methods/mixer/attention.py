@@ -41,8 +41,12 @@ class Attention(nn.Module):
 
     def permute(self, order: Tensor) -> None:
         """Put the heads into this order; the output stays what it was."""
-        self.qkv.permute(out=(order[:, None] * 3 * self.channels + torch.arange(3 * self.channels)).flatten())
-        self.proj.permute(inp=(order[:, None] * self.channels + torch.arange(self.channels)).flatten())
+
+        def rows(each: int) -> Tensor:
+            return (order[:, None] * each + torch.arange(each, device=order.device)).flatten()
+
+        self.qkv.permute(out=rows(3 * self.channels))
+        self.proj.permute(inp=rows(self.channels))
 
 
 METHOD = Attention

@@ -34,15 +34,16 @@ class EViT(nn.Module):
         self.channels = channels
 
     @classmethod
-    def from_dense(cls, part: nn.Module, *, channels: int) -> Self:
+    def from_dense(cls, part: nn.Module, *, channels: int, class_token: bool) -> Self:
+        """Raises PlanError in a network without a class token: a register's attention says nothing about what matters."""
+        if not class_token:
+            raise PlanError("attentive pruning in a network without a class token", wanted="a class token to ask", do="Choose the reducer `tome` instead.")
         return cls(channels)
 
     def forward(self, tokens: Tokens, keep: int, mixed: Mixed, notes: Notes | None = None) -> Tokens:
         n, prefix = tokens.x.shape[1], tokens.prefix
         if n == keep:
             return tokens
-        if prefix == 0:
-            raise PlanError("attentive pruning in a network without a class token", wanted="a class token to ask", do="Choose the reducer `tome` instead.")
         scores = (mixed.query[:, :, :1] @ mixed.key.transpose(-1, -2)).squeeze(2) * self.channels**-0.5
         bias = ops.size_bias(tokens)
         attention = (scores if bias is None else scores + bias[:, 0]).softmax(-1).mean(1)[:, prefix:]

@@ -1,0 +1,205 @@
+"""The same verbs from the shell. Every command takes `--json`; exit codes are those of `apportion.errors`, 130 for Ctrl-C, 2 for a wrong call.
+
+Nothing heavy is imported until a command runs: help is there at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path as File
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Give each input the compute it needs, and no more.")
+out, err = Console(), Console(stderr=True)
+if not out.is_terminal:
+    out = Console(width=140)  # a pipe has no width of its own, and a table that is cut says nothing
+
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else there.")]
+BackendName = Annotated[str, typer.Option("--backend", help="inductor (compiled, fast) or eager (starts at once).")]
+Folder = Annotated[File, typer.Argument(help="The folder of a bundle.")]
+Data = Annotated[str, typer.Option("--data", help="An image folder, an .npz file, or `digits`.")]
+
+
+def tell(text: str) -> None:
+    """Progress goes to standard error, so that standard output can be piped."""
+    err.print(f"[dim]·[/dim] {text}", highlight=False)
+
+
+def show(data: Any, table: Callable[[], Table], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(data, indent=1, allow_nan=False))
+    else:
+        out.print(table())
+
+
+def grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table: words to the left, numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for column, name in enumerate(head):
+        table.add_column(name, justify="left" if column == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def summary(figures: dict[str, Any], report: Any) -> Table:
+    """Dense against adaptive, then every path and who takes it."""
+    batches = list(report.summary[0].latency_ms)
+    rows = [
+        [
+            row.name,
+            f"{row.accuracy:.2f} ({row.accuracy_interval[0]:.2f} to {row.accuracy_interval[1]:.2f})",
+            f"{row.gmacs:.4f}",
+            *(f"{row.latency_ms[batch]:.3f}" for batch in batches),
+            f"{row.peak_bytes / 2**20:.2f}",
+            "",
+        ]
+        for row in report.summary
+    ]
+    rows += [
+        [f"  {path.name}", f"{path.accuracy:.2f}", f"{path.gmacs:.4f}", *(f"{path.latency_ms[batch]:.3f}" for batch in batches), "", f"{100 * path.share:.1f}"]
+        for path in report.paths
+    ]
+    head = ["", "accuracy, %", "GMACs", *(f"ms, batch {batch}" for batch in batches), "peak MiB", "inputs, %"]
+    return grid(f"{report.title}: {100 * figures['gmacs_saved_share']:.1f} % fewer GMACs, {figures['drop_points']['points']:.2f} points lost", head, rows)
+
+
+@app.command()
+def adapt(
+    model: Annotated[str, typer.Argument(help="timm:NAME, a .safetensors file, or `scratch` to train a small one on the data first.")],
+    data: Data,
+    to: Annotated[File, typer.Option("--out", help="Where the bundle goes.")] = File("adapted"),
+    tolerance: Annotated[float | None, typer.Option(help="Percentage points of accuracy that may be lost.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs of teaching the paths; 0 adapts without training.")] = None,
+    plan: Annotated[File | None, typer.Option(help="A plan in TOML; the options above come on top of it.")] = None,
+    timm_name: Annotated[str | None, typer.Option(help="The timm model that a .safetensors file belongs to.")] = None,
+    random: Annotated[bool, typer.Option("--random", help="Untrained weights, to try the way without a download.")] = False,
+    backend: BackendName = "inductor",
+    as_json: Json = False,
+) -> None:
+    """Read a trained model, make it adapt its compute to each input, measure it, write the bundle and its report."""
+    from apportion import verbs
+    from apportion.deliver.bundle import read_plan
+    from apportion.network import Architecture
+    from apportion.train import Recipe
+    from apportion.vocab import Plan
+
+    wanted = Plan() if plan is None else read_plan(plan)
+    changes = {name: value for name, value in (("tolerance", tolerance), ("epochs", epochs)) if value is not None}
+    wanted = replace(wanted, **changes)
+    source: Any = model
+    images: Any = data
+    preprocess = None
+    if model == "scratch":
+        shape = Architecture(image_size=32, patch=4, dim=96, depth=6, heads=3, hidden=384, classes=1, stem="conv")
+        recipe = Recipe(epochs=10, batch=wanted.batch, seed=wanted.seed)
+        source, preprocess, images = verbs.scratch(data, recipe=recipe, architecture=shape, folder=to / "training" / "dense", tell=tell)
+    weighed = verbs.adapt(
+        source, images, plan=wanted, out=to, timm_name=timm_name, random=random, preprocess=preprocess, backend=verbs.backend(backend), tell=tell
+    )
+    show(weighed.figures, lambda: summary(dict(weighed.figures), weighed.report), as_json)
+
+
+@app.command()
+def demo(
+    to: Annotated[File, typer.Option("--out", help="Where bundle and report go.")] = File("demo"),
+    epochs: Annotated[float, typer.Option(help="Of dense training; half as many teach the paths.")] = 30.0,
+    backend: BackendName = "inductor",
+    as_json: Json = False,
+) -> None:
+    """The whole way on handwritten digits, with nothing to bring."""
+    from apportion import verbs
+
+    weighed = verbs.demo(to, epochs=epochs, backend=verbs.backend(backend), tell=tell)
+    show(weighed.figures, lambda: summary(dict(weighed.figures), weighed.report), as_json)
+    err.print(f"report: {to / 'report.html'}")
+
+
+@app.command()
+def run(
+    folder: Folder,
+    inputs: Annotated[list[File], typer.Argument(help="Pictures, or folders of them.")],
+    budget: Annotated[str | None, typer.Option(help="0.5x, 12ms or 2GMACs per input; with < before it, a cap.")] = None,
+    backend: BackendName = "eager",
+    as_json: Json = False,
+) -> None:
+    """Label, path and cost of each picture. One that does not decode is named, the others are answered, and the exit code is 5."""
+    from apportion import verbs
+
+    rows, skipped = verbs.run(folder, inputs, budget=budget, backend=verbs.backend(backend))
+    found = {"answers": rows, "skipped": [{"file": file, "why": why} for file, why in skipped]}
+    lines = [[row["file"], row["label"], f"{row['probability']:.3f}", row["path"], f"{row['gmacs']:.4f}"] for row in rows]
+    show(found, lambda: grid(str(folder), ["file", "label", "probability", "path", "GMACs"], lines), as_json)
+    for file, why in skipped:
+        err.print(f"[red]left out[/red] {file}: {why}", highlight=False)
+    if skipped:
+        err.print(f"{len(skipped)} of {len(skipped) + len(rows)} inputs could not be read")
+        raise typer.Exit(5)
+
+
+@app.command()
+def bench(folder: Folder, data: Data, backend: BackendName = "inductor", repeats: int = 30, as_json: Json = False) -> None:
+    """Measure a bundle on this device, dense and adaptive in turn, and write the times into it."""
+    from apportion import verbs
+
+    weighed = verbs.bench(folder, data, backend=verbs.backend(backend), repeats=repeats, tell=tell)
+    show(weighed.figures, lambda: summary(dict(weighed.figures), weighed.report), as_json)
+
+
+@app.command()
+def report(folder: Folder, as_json: Json = False) -> None:
+    """The frontier of a bundle, and where its page with pictures is."""
+    from dataclasses import asdict
+
+    from apportion.deliver.adapted import load
+
+    places = load(folder, backend="eager").frontier()
+    page = folder / "report.html"
+    lines = [[p.name, f"{p.gmacs:.4f}", f"{100 * p.accuracy:.2f}", "not measured here" if p.latency_ms is None else f"{p.latency_ms:.3f}"] for p in places]
+    show(
+        {"frontier": [asdict(place) for place in places], "page": str(page) if page.exists() else None},
+        lambda: grid(str(page), ["", "GMACs", "accuracy, %", "ms, batch 1"], lines),
+        as_json,
+    )
+
+
+@app.command()
+def systems(name: Annotated[str | None, typer.Argument(help="A method; all of them where none is named.")] = None, as_json: Json = False) -> None:
+    """Every method on the shelf: its slot, its source, the axis it adapts and what it needs."""
+    from apportion import verbs
+
+    rows = verbs.systems(name)
+    lines = [[row["name"], row["slot"], row["axis"] or "", row["needs"], row["source"], row["arxiv"], row["title"]] for row in rows]
+    show(rows, lambda: grid("methods", ["name", "slot", "axis", "needs", "source", "arXiv", "title"], lines), as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can run, and how fast."""
+    from apportion.measure.doctor import advice, device
+
+    facts = device()
+    hints = advice(facts)
+    lines = [[key, json.dumps(value) if isinstance(value, dict | list) else str(value)] for key, value in facts.items()]
+    show({**facts, "advice": hints}, lambda: grid("this device", ["", ""], [*lines, *(["advice", hint] for hint in hints)]), as_json)
+
+
+def main() -> None:
+    """The entry point: errors of ours become one line and their exit code."""
+    from apportion.errors import ApportionError
+
+    try:
+        app()
+    except ApportionError as error:
+        err.print(f"[bold red]{type(error).__name__}[/bold red] {error}", highlight=False)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt as stop:
+        err.print(str(stop) or "stopped; the same command goes on from the last checkpoint", highlight=False)
+        raise SystemExit(130) from None

@@ -1,0 +1,111 @@
+"""Where to run a controller, and how much it is worth there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from apportion.control.controller import Controller
+from apportion.control.rules import envelope, taken
+from apportion.errors import ControlError
+from apportion.vocab import Outcomes
+
+REPEATS = 1000
+LEVELS = torch.tensor([0.025, 0.975], dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class OperatingPoint:
+    """A budget and what it gives on the rows it was chosen on: costs as shares of the full path, drop and 95 % interval in percentage points."""
+
+    budget: float
+    accuracy_drop: float
+    mean_cost: float
+    interval: tuple[float, float]
+
+
+class FrontierPoint(TypedDict):
+    budget: float
+    cost: float
+    accuracy: float
+    share: list[float]  # of samples on each rung
+
+
+class Collapse(NamedTuple):
+    """How varied the choices are. The rule is deterministic, so the marginal entropy is also the information a choice carries about its input."""
+
+    entropy_bits: float
+    rungs_used: int
+    largest_share: float
+
+
+def bootstrap_means(values: Tensor, *, repeats: int = REPEATS, seed: int = 0) -> Tensor:
+    """Means of the columns over rows drawn with replacement (Efron, 1979). Shapes: (n, m) -> (repeats, m)."""
+    rows = len(values)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.randint(rows, (rows,), generator=generator) for _ in range(repeats))
+    return torch.stack([torch.bincount(index, minlength=rows).double() @ values.double() for index in drawn]) / rows
+
+
+def decide(controller: Controller, outcomes: Outcomes, budget: float) -> Tensor:
+    """The controller's rung for each of these samples at this budget, without a cap, (n,)."""
+    return controller(outcomes.signal, *controller.setting(budget=budget))
+
+
+def operating_point(controller: Controller, outcomes: Outcomes, tolerance_points: float, *, steps: int = 100) -> OperatingPoint:
+    """The smallest budget at which accuracy on these rows falls at most `tolerance_points` percentage points below the full path's.
+
+    The interval is a paired bootstrap; the point was picked on these very rows, so it describes and does not guarantee.
+    Raises ControlError when no budget holds the tolerance. Cost: at most `steps` passes of the controller.
+    """
+    full = outcomes.correct[:, -1].double()
+    smallest = torch.inf
+    for budget in torch.linspace(controller.cost[0].item(), controller.cost[-1].item(), steps + 1).tolist():
+        choice = decide(controller, outcomes, budget)
+        drop = 100 * (full - outcomes.correct.gather(1, choice[:, None])[:, 0].double())
+        smallest = min(smallest, drop.mean().item())
+        if drop.mean().item() <= tolerance_points:
+            low, high = bootstrap_means(drop[:, None])[:, 0].quantile(LEVELS).tolist()
+            return OperatingPoint(budget, drop.mean().item(), taken(outcomes, choice).cost, (low, high))
+    raise ControlError(
+        f"a drop of at least {smallest:.2f} points at every budget",
+        wanted=f"at most {tolerance_points:.2f}",
+        do="Raise the tolerance, or distil the network so that its cheaper paths are better.",
+    )
+
+
+def frontier(controller: Controller, outcomes: Outcomes, budgets: Sequence[float]) -> list[FrontierPoint]:
+    """Cost, accuracy and the share of samples on each rung, for each budget."""
+    points: list[FrontierPoint] = []
+    for budget in budgets:
+        choice = decide(controller, outcomes, budget)
+        result = taken(outcomes, choice)
+        share = torch.bincount(choice, minlength=len(outcomes.cost)).double() / len(choice)
+        points.append({"budget": budget, "cost": result.cost, "accuracy": result.accuracy, "share": share.tolist()})
+    return points
+
+
+def adaptive_gain(outcomes: Outcomes, choice: Tensor) -> tuple[float, float, float]:
+    """Percentage points of accuracy above the static hull at the same mean cost, with a 95 % bootstrap interval.
+
+    The hull is drawn again from each resample: its own noise belongs to the answer. Shapes: choice (n,) -> (gain, low, high).
+    """
+    spent, right = outcomes.cost[choice].double(), outcomes.correct.gather(1, choice[:, None])[:, 0].double()
+    table = torch.cat([spent[:, None], right[:, None], outcomes.correct.double()], 1)
+
+    def gain(means: Tensor) -> Tensor:
+        return 100 * (means[..., 1] - envelope(outcomes.cost, means[..., 2:], means[..., 0]))
+
+    low, high = gain(bootstrap_means(table)).quantile(LEVELS).tolist()
+    return gain(table.mean(0)).item(), low, high
+
+
+def collapse(choice: Tensor, *, rungs: int) -> Collapse:
+    """The figures that show a policy which has stopped adapting. Shapes: choice (n,)."""
+    share = torch.bincount(choice, minlength=rungs).double() / len(choice)
+    entropy = -(share * share.clamp_min(1e-12).log2()).sum().item()
+    return Collapse(entropy, int((share > 0).sum()), share.max().item())

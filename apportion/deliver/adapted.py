@@ -1,0 +1,138 @@
+"""The adaptive model as a user holds it: call it on images, ask it what it costs, save it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as File
+from typing import final
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from apportion.control import Controller
+from apportion.deliver import bundle as disk
+from apportion.deliver.bundle import Bundle
+from apportion.engine import Backend, Engine
+from apportion.errors import BundleError, PlanError
+from apportion.measure.doctor import fingerprint
+from apportion.vocab import Answer, Budget, Tokens
+
+Inputs = Tensor | np.ndarray | Sequence[Image.Image]
+
+
+@final
+class Decide(nn.Module):
+    """Glance and controller as one graph: (inputs, budget, cap) -> (tokens after the glance, rung for each sample)."""
+
+    def __init__(self, glance: nn.Module, controller: Controller) -> None:
+        super().__init__()
+        self.glance, self.controller = glance, controller
+
+    def forward(self, inputs: Tensor, budget: Tensor, cap: Tensor) -> tuple[Tokens, Tensor]:
+        tokens, signal = self.glance(inputs)
+        return tokens, self.controller(signal, budget, cap)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One point of the frontier: a served path that every input takes, or the controller at a budget."""
+
+    name: str
+    gmacs: float
+    accuracy: float
+    latency_ms: float | None  # at batch 1 on this device; None where it was not measured here
+
+
+@final
+class Adapted:
+    """A trained network that gives each input the compute it needs.
+
+    `model(images)` takes uint8 pictures (an array (n, rows, columns, 3) or a list of PIL images), or a float tensor (n, 3, side, side) that has been
+    preprocessed already. The first call builds every graph, unless `warm` did; none is built after that.
+    """
+
+    def __init__(self, bundle: Bundle, *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32), engine: Engine | None = None) -> None:
+        """`engine`: one that was built for this very bundle and is to be used again."""
+        self.bundle, self.backend, self.buckets = bundle, backend, tuple(buckets)
+        network, ladder = bundle.network, bundle.ladder
+        self.decide = Decide(network.glance(ladder.glance), bundle.controller)
+        self.rungs = [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths]
+        self.engine = engine or Engine(
+            decide=self.decide,
+            rungs=self.rungs,
+            gmacs=torch.tensor([rung.gmacs for rung in bundle.rungs]),
+            buckets=buckets,
+            backend=backend,
+            input_shape=(network.architecture.channels, network.architecture.image_size, network.architecture.image_size),
+        )
+
+    def warm(self, progress: Callable[[str], None] | None = None) -> int:
+        """Build every graph; returns how many there are."""
+        return self.engine.warm(progress)
+
+    def __call__(self, images: Inputs, budget: str | float | Budget | None = None) -> Answer:
+        """Answers, path and cost (GMACs) for each image, at the bundle's operating point or at `budget`. Raises PlanError for a budget out of reach."""
+        self.warm()
+        inputs = images if isinstance(images, Tensor) else self.bundle.preprocess(images)
+        mean, cap = self.shares(budget)
+        return self.engine(inputs, budget=mean, cap=cap)
+
+    def shares(self, budget: str | float | Budget | None) -> tuple[float, float]:
+        """A budget as (mean, cap), both shares of the full path's cost."""
+        if budget is None:
+            return self.bundle.budget, float("inf")
+        wanted = Budget.parse(budget)
+        share = self._share(wanted)
+        cheapest = self.bundle.rungs[0].gmacs / self.bundle.rungs[-1].gmacs
+        if share < cheapest:
+            raise PlanError(f"budget {budget}", wanted=f"at least {cheapest:.3f}x, the cheapest path", do="Raise the budget.")
+        return (1.0, share) if wanted.cap else (min(share, 1.0), float("inf"))
+
+    def _share(self, budget: Budget) -> float:
+        if budget.unit == "x":
+            return budget.amount
+        if budget.unit == "gmacs":
+            return budget.amount / self.bundle.rungs[-1].gmacs
+        times = self.latency_ms(1)
+        if times is None:
+            raise BundleError(
+                f"a budget in ms and no times of this device ({fingerprint()})", wanted="a table measured here", do="Run `apportion bench DIR` on this device."
+            )
+        costs = [rung.gmacs / self.bundle.rungs[-1].gmacs for rung in self.bundle.rungs]
+        if budget.amount < times[0]:
+            raise PlanError(f"budget {budget.amount} ms", wanted=f"at least {times[0]:.3f} ms, the cheapest path", do="Raise the budget.")
+        return float(np.interp(budget.amount, times, costs))
+
+    def latency_ms(self, batch: int) -> list[float] | None:
+        """Milliseconds per input of every rung on this device at this batch size; None where it was not measured here."""
+        table = self.bundle.costs.get(fingerprint())
+        return None if table is None else table["rungs_ms"].get(str(batch))
+
+    def frontier(self) -> list[Place]:
+        """Every served path by itself, cheapest first, then the controller at its budgets."""
+        bundle, times = self.bundle, self.latency_ms(1)
+        paths = [
+            Place(path.name, rung.gmacs, rung.accuracy, None if times is None else times[k])
+            for k, (path, rung) in enumerate(zip(bundle.ladder.paths, bundle.rungs, strict=True))
+        ]
+        ours = []
+        for point in bundle.frontier:
+            ms = None if times is None else float(np.dot(point["share"], times))
+            ours.append(Place(f"controller at {point['budget']:.2f}x", point["cost"] * bundle.rungs[-1].gmacs, point["accuracy"], ms))
+        return paths + ours
+
+    def save(self, folder: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
+        """Write the bundle; `extra` are more files of text for it, by name."""
+        disk.save(self.bundle, File(folder), extra=extra)
+
+
+def load(folder: str | os.PathLike[str], *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32)) -> Adapted:
+    """The model that `Adapted.save` wrote. Raises BundleError where it is not whole."""
+    return Adapted(disk.load(File(folder)), backend=backend, buckets=buckets)
+
+
+__all__ = ["Adapted", "Decide", "Place", "load"]

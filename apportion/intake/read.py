@@ -1,0 +1,180 @@
+"""One verb for every trained model: a timm name, a local file of weights, a module in hand, or a network of our own."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path as File
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from apportion.errors import DataError, PlanError, Refused
+from apportion.intake import _torchvision
+from apportion.intake.preprocess import Preprocess
+from apportion.intake.verify import Verified, verify
+from apportion.network import Network
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What came in: the network, how to feed it, and where it is from."""
+
+    network: Network
+    preprocess: Preprocess
+    classes: tuple[str, ...] | None
+    verified: Verified | None  # None for a network of our own: there is nothing to compare with
+    provenance: dict[str, str | int | bool | None]
+
+
+def read_model(
+    model: str | File | nn.Module,
+    *,
+    timm_name: str | None = None,
+    random: bool = False,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    preprocess: Preprocess | None = None,
+    example: Tensor | None = None,
+) -> Source:
+    """Read a model and prove that nothing was lost.
+
+    `model`: "timm:NAME" with its published weights (`random=True`: untrained weights from `seed`, with `num_classes` and `image_size` of one's own);
+    a .safetensors file, or a folder with model.safetensors, of the timm model `timm_name` (or the "architecture" in a config.json beside it);
+    a timm VisionTransformer; or a Network, which needs `preprocess`. Equality is tested on random inputs, and on `example` (3, channels, side, side)
+    where given. Raises Refused for a model that cannot be read exactly or whose weights cannot be had, DataError for a bad file, PlanError for options
+    that contradict each other.
+    """
+    if (num_classes is not None or image_size is not None or random) and not (random and str(model).startswith("timm:")):
+        found = "num_classes, image_size or random for trained weights"
+        raise PlanError(found, wanted='"timm:NAME" with random=True', do="Leave them out: trained weights bring their own.")
+    if isinstance(model, Network):
+        if preprocess is None:
+            raise PlanError("a Network without preprocessing", wanted="preprocess=Preprocess(...)", do="Say how its inputs are made.")
+        return Source(model, preprocess, None, None, {"source": "network", "torch": str(torch.__version__)})
+    timm = _timm()
+    origin: dict[str, str | int | bool | None] = {"timm": timm.__version__, "torch": str(torch.__version__)}
+    if isinstance(model, nn.Module):
+        source, names, origin = model, None, {"source": f"{type(model).__module__}.{type(model).__qualname__}", **origin}
+    elif str(model).startswith("timm:"):
+        name = str(model).removeprefix("timm:")
+        source = _named(timm, name, random=random, seed=seed, num_classes=num_classes, image_size=image_size)
+        names = None if random else _imagenet(source)
+        cfg = _config(source)
+        origin = {"source": str(model), "random": random, "hub": cfg.get("hf_hub_id"), "license": cfg.get("license"), **origin}
+    else:
+        file = File(model) / "model.safetensors" if File(model).is_dir() else File(model)
+        source, names = _local(timm, file, timm_name)
+        with file.open("rb") as handle:
+            origin = {"source": str(file), "sha256": hashlib.file_digest(handle, "sha256").hexdigest(), **origin}
+    return _verified(source, preprocess, names, origin, example)
+
+
+def _verified(source: nn.Module, preprocess: Preprocess | None, names: tuple[str, ...] | None, origin: dict, example: Tensor | None) -> Source:
+    from apportion.intake.timm_vit import read_vit
+
+    network = read_vit(source)
+    a = network.architecture
+    if names is not None and len(names) != a.classes:
+        raise DataError(f"{len(names)} class names for {a.classes} outputs", wanted="one name for each output", do="Correct label_names in config.json.")
+    noise = torch.randn(3, a.channels, a.image_size, a.image_size, generator=torch.Generator().manual_seed(0))
+    figures = [verify(source, network, inputs, reread=read_vit) for inputs in (noise, example) if inputs is not None]
+    worst = Verified(max(f.max_abs for f in figures), max(f.max_rel for f in figures))
+    return Source(network, preprocess or _preprocess(source, a.image_size), names, worst, origin)
+
+
+def _timm() -> ModuleType:
+    _torchvision.ready()
+    try:
+        import timm
+    except ImportError as error:
+        raise Refused(f"no timm here ({error})", wanted="timm and torchvision", do="Install the extra: pip install 'apportion[timm]'.") from error
+    return timm
+
+
+def _named(timm: ModuleType, name: str, *, random: bool, seed: int, num_classes: int | None, image_size: int | None) -> nn.Module:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        raise Refused(f"timm model {name!r}", wanted=f"a name that timm knows, such as {', '.join(near) or 'vit_small_patch16_224'}", do="Correct the name.")
+    options = {key: value for key, value in (("num_classes", num_classes), ("img_size", image_size)) if value is not None}
+    try:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            return timm.create_model(name, pretrained=not random, **options)
+    except Exception as error:  # downloads fail in as many ways as there are networks and hubs
+        do = f"Pass a local file: read_model('weights.safetensors', timm_name={name!r}); or take untrained weights: random=True."
+        wanted = "options that timm takes for this model" if random else "published weights, from timm's cache or over the network"
+        raise Refused(f"timm:{name}, which could not be made ({type(error).__name__}: {str(error)[:200]})", wanted=wanted, do=do) from error
+
+
+def _local(timm: ModuleType, file: File, name: str | None) -> tuple[nn.Module, tuple[str, ...] | None]:
+    """A timm model with the weights of a file; a config.json beside it, as timm writes one, gives name, arguments and preprocessing."""
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise DataError(
+            str(file), wanted='a .safetensors file, a folder with model.safetensors, or "timm:NAME"', do="Convert other formats first: pickles are not read."
+        )
+    config = _read_config(file.parent / "config.json")
+    name = name or config.get("architecture")
+    if name is None or not timm.is_model(name):
+        raise Refused(f"{file} of timm model {name!r}", wanted="the name of its architecture", do="Pass timm_name=, or put timm's config.json beside the file.")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file}: {error}", wanted="a whole .safetensors file", do="Fetch it again.") from error
+    head = state.get("head.weight")
+    arguments = {"num_classes": 0 if head is None else head.shape[0], **config.get("model_args", {})}
+    try:
+        source = timm.create_model(name, pretrained=False, pretrained_cfg_overlay=config.get("pretrained_cfg"), **arguments)
+        source.load_state_dict(state, strict=True)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise Refused(
+            f"{file}, which does not fit {name}: {str(error)[:300]}", wanted="that model's own tensors", do="Correct timm_name or the file."
+        ) from error
+    names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
+    return source, tuple(names) if names else None
+
+
+def _read_config(file: File) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: {error}", wanted="a JSON object", do="Correct or remove it.") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{file} that is a {type(config).__name__}", wanted="a JSON object", do="Correct or remove it.")
+    return config
+
+
+def _config(source: nn.Module) -> Mapping[str, Any]:
+    return getattr(source, "pretrained_cfg", None) or {}
+
+
+def _imagenet(source: nn.Module) -> tuple[str, ...] | None:
+    """Names of the outputs of published weights that were trained on ImageNet."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    cfg = _config(source)
+    if cfg.get("label_names"):
+        return tuple(cfg["label_names"])
+    subset = infer_imagenet_subset(cfg) if cfg.get("num_classes") else None
+    return None if subset is None else tuple(ImageNetInfo(subset).label_descriptions())
+
+
+def _preprocess(source: nn.Module, size: int) -> Preprocess:
+    cfg = _config(source)
+    found = {key: cfg.get(key) for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode")}
+    squash, interpolation = found["crop_mode"] == "squash", found["interpolation"]
+    if not found["mean"] or not found["std"] or interpolation not in ("bicubic", "bilinear") or found["crop_mode"] not in ("center", "squash", None):
+        raise PlanError(
+            f"a model with preprocessing {found}", wanted="mean, std, bicubic or bilinear, centre crop or squash", do="Pass preprocess=Preprocess(...)."
+        )
+    return Preprocess(size, tuple(found["mean"]), tuple(found["std"]), found["crop_pct"] or 1.0, interpolation, squash)

@@ -1,0 +1,35 @@
+"""The table that control learns from: every sample along every path, the glance taken once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apportion.vocab import Outcomes, Tokens
+
+Glance = Callable[[Tensor], tuple[Tokens, Tensor]]
+
+
+@torch.no_grad()
+def measure_outcomes(glance: Glance, rungs: Sequence[Callable[[Tokens], Tensor]], batches: Iterable[tuple[Tensor, Tensor | None]], *, cost: Tensor) -> Outcomes:
+    """Run every rung on every sample, the last rung being the full path; `cost` (k,) is relative to it.
+
+    Without labels a path is correct where it agrees with the full path, and its loss is the cross-entropy with the full path's answer.
+    Cost: one full forward pass per sample and rung.
+    """
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("signal", "correct", "agree", "loss", "margin")}
+    for inputs, labels in batches:
+        state, signal = glance(inputs)
+        logits = torch.stack([rung(state).float() for rung in rungs], 1)  # (b, k, classes)
+        answer = logits.argmax(-1)
+        truth = answer[:, -1] if labels is None else labels
+        top = logits.softmax(-1).topk(2, -1).values
+        columns["signal"].append(signal)
+        columns["agree"].append(answer == answer[:, -1:])
+        columns["correct"].append(answer == truth[:, None])
+        columns["loss"].append(F.cross_entropy(logits.transpose(1, 2), truth[:, None].expand_as(answer), reduction="none"))
+        columns["margin"].append(top[..., 0] - top[..., 1])
+    return Outcomes(**{name: torch.cat(parts) for name, parts in columns.items()}, cost=cost)

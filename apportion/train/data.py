@@ -1,0 +1,66 @@
+"""What a run reads: samples by their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+from apportion.errors import DataError
+from apportion.train.recipe import Recipe
+
+
+class Data(Protocol):
+    """Samples by number. `batch` must give the same rows for the same numbers in every call: a resumed run relies on it."""
+
+    def __len__(self) -> int: ...
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]: ...
+
+
+@final
+class Images:
+    """Images held in memory, uint8 (n, h, w, c) or float (n, c, h, w), given out as float (b, c, h, w) less `mean`, over `std`.
+
+    uint8 is brought to 0..1 first, so `mean` and `std` are on that scale. Raises DataError for other shapes or dtypes.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None, *, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> None:
+        if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+            raise DataError(f"images of shape {tuple(images.shape)}, {images.dtype}", wanted="uint8 (n, h, w, c) or float (n, c, h, w)", do="Convert them.")
+        if labels is not None and len(labels) != len(images):
+            raise DataError(f"{len(labels)} labels", wanted=f"{len(images)}, one for each image", do="Bring images and labels into line.")
+        self.images, self.labels = images, labels
+        self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        rows = self.images[index]
+        inputs = rows.permute(0, 3, 1, 2).float() / 255 if rows.dtype == torch.uint8 else rows.float()
+        return ((inputs - self.mean) / self.std).contiguous(), None if self.labels is None else self.labels[index]
+
+
+@final
+class Order:
+    """Which samples a step sees: epochs are shuffled one by one and laid end to end, and step s takes the s-th run of `batch` of them.
+
+    Every sample is seen once in each epoch and no batch is cut short. The shuffles in use are kept, since making one takes as long as the whole data.
+    """
+
+    def __init__(self, recipe: Recipe, samples: int) -> None:
+        self.recipe, self.samples = recipe, samples
+        self._shuffled: dict[int, Tensor] = {}
+
+    def __call__(self, step: int) -> Tensor:
+        """Sample numbers (batch,)."""
+        start = step * self.recipe.batch
+        epochs = range(start // self.samples, (start + self.recipe.batch - 1) // self.samples + 1)
+        self._shuffled = {epoch: self._shuffled[epoch] if epoch in self._shuffled else self._shuffle(epoch) for epoch in epochs}
+        runs = torch.cat([self._shuffled[epoch] for epoch in epochs]) if len(epochs) > 1 else self._shuffled[epochs[0]]
+        return runs[start - epochs[0] * self.samples :][: self.recipe.batch]
+
+    def _shuffle(self, epoch: int) -> Tensor:
+        return torch.randperm(self.samples, generator=self.recipe.generator("order", epoch))

@@ -1,0 +1,271 @@
+"""The corridor: the verbs that people call. The only library file that knows every room; each verb is the order in which they are visited."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path as File
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from apportion import methods
+from apportion.control import Controller, candidates, choose_rungs, fit_controller, frontier, operating_point
+from apportion.deliver.adapted import Adapted, load
+from apportion.deliver.bundle import Bundle, Rung
+from apportion.deliver.weighing import Weighed, weigh
+from apportion.engine import Backend
+from apportion.errors import DataError, EngineError, PlanError
+from apportion.intake import ImageSet, Preprocess, Source, read_images, read_model
+from apportion.intake.images import decode
+from apportion.measure.doctor import device
+from apportion.measure.outcomes import measure_outcomes
+from apportion.network import Architecture, Network, put, sort_by_importance
+from apportion.train import Images, Recipe, dense, fit, sandwich
+from apportion.vocab import Ladder, Outcomes, Plan
+
+Tell = Callable[[str], None]
+BATCH = 100  # rows at a time while tables are measured
+TRIAL_ROWS = 1000  # on which every candidate path is tried; the chosen few are measured on all rows
+
+
+def silent(text: str) -> None:
+    """Progress for nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Disjoint images for each purpose: to teach the network, to teach the controller, to place it, and to report on, once."""
+
+    teach: ImageSet | None
+    decide: ImageSet
+    place: ImageSet
+    report: ImageSet
+
+    @classmethod
+    def read(cls, data: str | File, *, seed: int, tell: Tell = silent) -> Parts:
+        """The training images give the first three (a tenth of them held out for control), the test images the last."""
+
+        def skip(file: str, why: str) -> None:
+            tell(f"left out {file}: {why}")
+
+        teach, held = read_images(data, split="train", on_skip=skip).split(0.2, seed=seed)
+        decide, place = held.split(0.5, seed=seed)
+        return cls(teach, decide, place, read_images(data, split="test", on_skip=skip))
+
+
+def adapt(
+    model: str | File | nn.Module,
+    data: str | File | Parts,
+    *,
+    tolerance: float | None = None,
+    plan: Plan | None = None,
+    out: str | File | None = None,
+    timm_name: str | None = None,
+    random: bool = False,
+    preprocess: Preprocess | None = None,
+    backend: Backend = "inductor",
+    buckets: Sequence[int] = (1, 8, 32),
+    repeats: int = 30,
+    tell: Tell = silent,
+) -> Weighed:
+    """Read a trained model, make it adapt its compute to each input, weigh the result and, with `out`, write the bundle and its report there.
+
+    `tolerance` is in percentage points of accuracy (of agreement with the model, where the data has no labels). Raises the errors of the rooms it visits:
+    Refused for a model that cannot be read exactly, DataError for data, ControlError where no budget holds the tolerance.
+    """
+    plan = plan or Plan()
+    plan = plan if tolerance is None else replace(plan, tolerance=tolerance)
+    tell(f"reading {model if not isinstance(model, nn.Module) else type(model).__name__}")
+    source = read_model(model, timm_name=timm_name, random=random, preprocess=preprocess)
+    parts = data if isinstance(data, Parts) else Parts.read(data, seed=plan.seed, tell=tell)
+    for images in (parts.decide, parts.place, parts.report):
+        images.check(source.network.architecture.classes)
+    reference = copy.deepcopy(source.network).eval().requires_grad_(False)
+    taught = prepare(source.network, parts, source.preprocess, plan, folder=None if out is None else File(out) / "training", tell=tell)
+    adapted, seen = control(taught, reference, parts, source, plan, backend=backend, buckets=buckets, tell=tell)
+    dense_seen = outcomes(reference, Ladder((reference.space.full,), 0), parts.report, source.preprocess)
+    dense_correct = dense_seen.correct[:, 0] if parts.report.labels is not None else torch.ones(len(parts.report), dtype=torch.bool)
+    weighed = weigh(adapted, reference, parts.report, seen, dense_correct, repeats=repeats, tell=tell)
+    if out is not None:
+        weighed.adapted.save(out, extra=weighed.files())
+        tell(f"written to {out}")
+    return weighed
+
+
+def scratch(
+    data: str | File, *, recipe: Recipe, architecture: Architecture, folder: File | None = None, tell: Tell = silent
+) -> tuple[Network, Preprocess, Parts]:
+    """Train a dense network for people who bring data and no model; it then goes through `adapt` like any other."""
+    parts = Parts.read(data, seed=recipe.seed, tell=tell)
+    images = parts.teach
+    if images is None or images.labels is None:
+        raise DataError("images without labels", wanted="a class for each", do="Put the images of each class into a folder of their own.")
+    preprocess = Preprocess(architecture.image_size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    torch.manual_seed(recipe.seed)
+    network = Network(replace(architecture, classes=len(images.classes)))
+    tell(f"training {architecture.depth} blocks of width {architecture.dim} on {len(images)} images")
+    fit(network, _tensors(images, preprocess), dense(label_smoothing=recipe.label_smoothing), recipe=recipe, folder=folder)
+    return network, preprocess, parts
+
+
+def prepare(network: Network, parts: Parts, preprocess: Preprocess, plan: Plan, *, folder: File | None, tell: Tell) -> Network:
+    """The plan's methods in their slots, units in order of importance, and the paths taught where the plan gives epochs to it."""
+    for choice in plan.choices:
+        put(network, choice)
+    images = parts.decide if parts.teach is None else parts.teach
+    some = images.rows(range(min(256, len(images))))
+    tell("sorting units by importance")
+    sort_by_importance(network, (inputs for inputs, _ in some.batches(BATCH, preprocess)))
+    if plan.epochs > 0:
+        if parts.teach is None:
+            raise PlanError(f"{plan.epochs} epochs and no images to teach with", wanted="training images", do="Give some, or set epochs to 0.")
+        teacher = copy.deepcopy(network).eval()
+        tell(f"teaching the paths for {plan.epochs} epochs")
+        recipe = Recipe(epochs=plan.epochs, batch=plan.batch, learning_rate=plan.learning_rate, seed=plan.seed, crop_padding=max(1, preprocess.size // 8))
+        objective = sandwich(candidates(network.space, plan.glance), teacher=teacher)
+        fit(network, _tensors(parts.teach, preprocess), objective, recipe=recipe, folder=folder)
+    return network.eval().requires_grad_(False)
+
+
+def control(
+    network: Network, reference: Network, parts: Parts, source: Source, plan: Plan, *, backend: Backend, buckets: Sequence[int], tell: Tell
+) -> tuple[Adapted, Outcomes]:
+    """Choose the paths to serve, learn to decide between them, and find the operating point that holds the tolerance."""
+    trial = parts.decide.rows(range(min(TRIAL_ROWS, len(parts.decide))))
+    every = candidates(network.space, plan.glance)
+    tell(f"trying {len(every)} paths on {len(trial)} images")
+    table = outcomes(network, Ladder(tuple(sorted(every, key=network.macs)), plan.glance), trial, source.preprocess)
+    tried = sorted(every, key=network.macs)
+    chosen = choose_rungs(table.correct.double().mean(0), table.cost, plan.rungs, correct=table.correct)
+    ladder = Ladder(tuple(tried[index] for index in chosen), plan.glance)
+    tell(f"learning to decide between {len(ladder.paths)} paths")
+    fitted, placed = (outcomes(network, ladder, images, source.preprocess) for images in (parts.decide, parts.place))
+    both = joined(fitted, placed)
+    rows = torch.arange(len(both.correct))
+    controller = fit_controller(both, fit_rows=rows[: len(fitted.correct)], calibrate_rows=rows[len(fitted.correct) :], seed=plan.seed)
+    # The tolerance is against the model that was read, so what healing gave or took at full counts too.
+    before = outcomes(reference, Ladder((reference.space.full,), 0), parts.place, source.preprocess)
+    lost = 100 * (before.correct.double().mean() - placed.correct[:, -1].double().mean()).item() if parts.place.labels is not None else 0.0
+    point = operating_point(controller, placed, plan.tolerance - lost)
+    tell(f"operating at {point.budget:.3f} of the full path")
+    gmacs = rung_gmacs(network, ladder, controller)
+    seen = outcomes(network, ladder, parts.report, source.preprocess)
+    accuracy = seen.correct.double().mean(0).tolist()
+    bundle = Bundle(
+        network=network,
+        ladder=ladder,
+        controller=controller,
+        preprocess=source.preprocess,
+        plan=plan,
+        budget=point.budget,
+        rungs=tuple(Rung(g, a) for g, a in zip(gmacs, accuracy, strict=True)),
+        frontier=tuple(frontier(controller, seen, torch.linspace(gmacs[0] / gmacs[-1] + 1e-3, 1.0, 12).tolist())),
+        dense_gmacs=reference.macs(reference.space.full) / 1e9,
+        classes=tuple(source.classes or parts.report.classes),
+        provenance={
+            "source": source.provenance,
+            "made_on": device(),
+            "rows": {"decide": len(parts.decide), "place": len(parts.place), "report": len(parts.report)},
+        },
+    )
+    return Adapted(bundle, backend=backend, buckets=buckets), seen
+
+
+def outcomes(network: Network, ladder: Ladder, images: ImageSet, preprocess: Preprocess) -> Outcomes:
+    """The table of these images along the paths of the ladder; costs are closed-form multiply-adds with the glance's, as shares of the full path."""
+    rungs = [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths]
+    glance = network.glance(ladder.glance)
+    cost = torch.tensor([network.macs(path) + glance.macs() for path in ladder.paths], dtype=torch.float32)
+    return measure_outcomes(glance, rungs, images.batches(BATCH, preprocess), cost=cost / cost[-1])
+
+
+def joined(first: Outcomes, second: Outcomes) -> Outcomes:
+    columns = {name: torch.cat((getattr(first, name), getattr(second, name))) for name in ("signal", "correct", "agree", "loss", "margin")}
+    return Outcomes(**columns, cost=first.cost)
+
+
+def rung_gmacs(network: Network, ladder: Ladder, controller: Controller) -> list[float]:
+    """GMACs of every rung with all that the decision costs."""
+    decision = network.glance(ladder.glance).macs() + controller.macs
+    return [(network.macs(path) + decision) / 1e9 for path in ladder.paths]
+
+
+def _tensors(images: ImageSet, preprocess: Preprocess) -> Images:
+    """All images in memory, preprocessed."""
+    batches: Iterator[tuple[Tensor, Tensor | None]] = images.batches(BATCH, preprocess)
+    return Images(torch.cat([inputs for inputs, _ in batches]), images.labels)
+
+
+def bench(
+    folder: str | File, data: str | File, *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32), repeats: int = 30, tell: Tell = silent
+) -> Weighed:
+    """Measure a bundle again, on this device and these images, and write the times and the report into it. The dense model is its full path, undecided."""
+    adapted = load(folder, backend=backend, buckets=buckets)
+    bundle = adapted.bundle
+    images = read_images(data, split="test")
+    images.check(bundle.network.architecture.classes)
+    seen = outcomes(bundle.network, bundle.ladder, images, bundle.preprocess)
+    weighed = weigh(adapted, bundle.network, images, seen, seen.correct[:, -1], repeats=repeats, tell=tell)
+    weighed.adapted.save(folder, extra=weighed.files())
+    return weighed
+
+
+def demo(out: str | File, *, epochs: float = 30.0, backend: Backend = "inductor", tell: Tell = silent) -> Weighed:
+    """The whole way on scikit-learn's handwritten digits: train a small transformer, make it adaptive, weigh it, write bundle and report."""
+    architecture = Architecture(image_size=16, patch=2, dim=48, depth=6, heads=3, hidden=192, classes=10, stem="conv")
+    recipe = Recipe(epochs=epochs, batch=64, learning_rate=2e-3, crop_padding=1, ema=0.99)
+    network, preprocess, parts = scratch("digits", recipe=recipe, architecture=architecture, folder=File(out) / "training" / "dense", tell=tell)
+    plan = Plan(glance=1, rungs=4, tolerance=0.5, epochs=epochs / 2, batch=64, learning_rate=1e-3)
+    return adapt(network, parts, plan=plan, out=out, preprocess=preprocess, backend=backend, buckets=(1, 32), tell=tell)
+
+
+def run(
+    folder: str | File, inputs: Sequence[File], *, budget: str | None = None, backend: Backend = "eager"
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Label, probability, path and GMACs of each picture among files and folders, and the files that could not be read, each with the reason."""
+    adapted, rows, skipped = load(folder, backend=backend), list[dict[str, Any]](), list[tuple[str, str]]()
+    files, pictures = [file for entry in inputs for file in _files(entry)], []
+    for file in files:
+        try:
+            pictures.append((file, decode(file)))
+        except DataError as error:
+            skipped.append((str(file), error.found))
+    for start in range(0, len(pictures), BATCH):
+        some = pictures[start : start + BATCH]
+        answer = adapted([picture for _, picture in some], budget)
+        top = answer.logits.softmax(-1).max(-1)
+        for (file, _), label, probability, rung, gmacs in zip(
+            some, top.indices.tolist(), top.values.tolist(), answer.path.tolist(), answer.cost.tolist(), strict=True
+        ):
+            name = adapted.bundle.classes[label] if adapted.bundle.classes else str(label)
+            rows.append({"file": str(file), "label": name, "probability": probability, "path": adapted.bundle.ladder.paths[rung].name, "gmacs": gmacs})
+    return rows, skipped
+
+
+def _files(entry: File) -> list[File]:
+    if not entry.exists():
+        raise DataError(f"no file or folder {entry}", wanted="pictures", do="Check the path.")
+    return sorted(file for file in entry.rglob("*") if file.is_file()) if entry.is_dir() else [entry]
+
+
+def systems(name: str | None = None) -> list[dict[str, Any]]:
+    """The cards of the shelf. Raises PlanError for a name that is not there."""
+    rows = [{"name": method, "slot": slot, **asdict(methods.card(slot, method))} for slot in methods.SLOTS for method in methods.names(slot)]
+    found = [row for row in rows if name in (None, row["name"])]
+    if not found:
+        raise PlanError(f"method {name!r}", wanted=f"one of {', '.join(row['name'] for row in rows)}", do="Correct the name.")
+    return found
+
+
+def backend(name: str) -> Backend:
+    """A back-end by name. Raises EngineError."""
+    for known in get_args(Backend):
+        if name == known:
+            return known
+    raise EngineError(f"back-end {name!r}", wanted=f"one of {get_args(Backend)}", do="Name one of these.")
+
+
+__all__ = ["Parts", "adapt", "bench", "demo", "load", "run", "scratch", "systems"]
