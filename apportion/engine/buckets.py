@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 CALL_ROWS = 0.5
-"""What calling a graph costs beside its rows, in rows: small transformers at batch 1 and 32 on a CPU differ by about this much per call."""
+"""What calling a graph costs beside its rows, in rows: six blocks of width 96 took 3.2 ms at batch 1 and 2.2 ms a row at batch 8 and 32, on one CPU thread."""
 
 
 def split(count: int, buckets: Sequence[int], costs: Sequence[float] | None = None) -> list[int]:

@@ -46,7 +46,8 @@ class Engine:
         if not buckets or min(buckets) < 1 or list(buckets) != sorted(set(buckets)):
             raise EngineError(f"buckets {tuple(buckets)}", wanted="positive batch sizes, ascending", do="Use for example (1, 8, 32).")
         self._decide, self._rungs, self._gmacs = decide, tuple(rungs), gmacs
-        self._buckets, self._backend, self._shape, self._dtype = tuple(buckets), backend, tuple(input_shape), dtype
+        self._backend: Backend = backend
+        self._buckets, self._shape, self._dtype = tuple(buckets), tuple(input_shape), dtype
         tensors = chain.from_iterable(part for module in (decide, *rungs) for part in (module.parameters(), module.buffers()))
         self._device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         self._graphs: dict[tuple[str, int], Graph] = {}

@@ -148,6 +148,17 @@ def test_budget_and_cap_reach_the_decision_and_cost_follows_the_path(warm):
     assert torch.equal(high.cost, GMACS[high.path]) and torch.equal(warm.decided(inputs, budget=2.0), high.path)
 
 
+def test_a_forced_rung_is_taken_by_all(warm):
+    inputs = samples(7)
+    answer = warm.forced(inputs, 3)
+    with torch.no_grad():
+        wanted = warm._rungs[3](warm._decide(inputs, torch.tensor(1.0), torch.tensor(9.0))[0])
+    assert answer.path.tolist() == [3] * 7 and answer.cost.tolist() == [2.0] * 7
+    torch.testing.assert_close(answer.logits, wanted, rtol=0, atol=1e-5)
+    with pytest.raises(EngineError, match="rung 6"):
+        warm.forced(inputs, 6)
+
+
 @pytest.mark.parametrize("form", ["strided", "gradient", "inference"])
 def test_the_form_of_the_inputs_is_no_business_of_the_caller(warm, form):
     inputs = samples(6)
