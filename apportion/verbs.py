@@ -28,7 +28,7 @@ from apportion.vocab import Ladder, Outcomes, Plan
 
 Tell = Callable[[str], None]
 BATCH = 100  # rows at a time while tables are measured
-TRIAL_ROWS = 1000  # on which every candidate path is tried; the chosen few are measured on all rows
+TRIAL_ROWS = 500  # on which every candidate path is tried; the chosen few are measured on all rows
 
 
 def silent(text: str) -> None:

@@ -7,20 +7,28 @@ to learn and place the controller; the test set is read once, at the end. Traini
 from __future__ import annotations
 
 from pathlib import Path as File
+from typing import Any
 
 import torch
 
-from apportion.intake.images import ImageSet, read_images
+from apportion import verbs
+from apportion.control import decide
+from apportion.deliver.weighing import judged, weigh
+from apportion.errors import ControlError
+from apportion.intake import ImageSet, Preprocess, Source, read_images
 from apportion.network import Architecture, Network, put
 from apportion.train import Images, Recipe, dense, fit, sandwich
-from apportion.vocab import Path, Plan, Space
+from apportion.vocab import Ladder, Path, Plan, Space
+from bench import results
 
 ARCHITECTURE = Architecture(image_size=32, patch=4, dim=96, depth=6, heads=3, hidden=384, classes=10, stem="conv")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 RECIPE = {"batch": 64, "learning_rate": 1.5e-3, "warmup": 0.1, "ema": 0.998, "label_smoothing": 0.05, "crop_padding": 2, "flip": True}
 DENSE_EPOCHS = 2.5
 GLANCE = 2
-PLAN = Plan(glance=GLANCE, rungs=5)
+PLAN = Plan(glance=GLANCE, rungs=5, tolerance=0.3)
+BUDGETS = (0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
+PREPROCESS = Preprocess(32, MEAN, STD)
 
 
 def read(data: File) -> tuple[ImageSet, ImageSet, ImageSet]:
@@ -43,7 +51,13 @@ def build(seed: int, *, adaptive: bool) -> Network:
 
 def train_dense(train: ImageSet, runs: File, seed: int) -> Network:
     network = build(seed, adaptive=False)
-    fit(network, tensors(train), dense(label_smoothing=RECIPE["label_smoothing"]), recipe=Recipe(epochs=DENSE_EPOCHS, seed=seed, **RECIPE), folder=runs / f"dense-{seed}")
+    fit(
+        network,
+        tensors(train),
+        dense(label_smoothing=RECIPE["label_smoothing"]),
+        recipe=Recipe(epochs=DENSE_EPOCHS, seed=seed, **RECIPE),
+        folder=runs / f"dense-{seed}",
+    )
     return network
 
 
@@ -66,3 +80,37 @@ def train_adaptive(train: ImageSet, runs: File, seed: int) -> Network:
     recipe = Recipe(epochs=adaptive_epochs(network), seed=seed, **RECIPE)
     fit(network, tensors(train), objective, recipe=recipe, folder=runs / f"adaptive-{seed}")
     return network
+
+
+def main(data: File, runs: File, seeds: list[int]) -> None:
+    """Every seed's figures; times for the first one, whose network has the shape of all."""
+    train, held, test = read(data)
+    found = [one(train, held, test, runs, seed, timed=seed == seeds[0]) for seed in seeds]
+    results.write("cifar", "python -m bench cifar --data FOLDER", {"seeds": found, "recipe": {**RECIPE, "dense_epochs": DENSE_EPOCHS}})
+
+
+def one(train: ImageSet, held: ImageSet, test: ImageSet, runs: File, seed: int, *, timed: bool) -> dict[str, Any]:
+    """One seed: both networks trained, the controller learned and placed on the held-out images, everything read off the test images."""
+    reference = train_dense(train, runs, seed).requires_grad_(False)
+    network = train_adaptive(train, runs, seed).requires_grad_(False)
+    source = Source(network, PREPROCESS, train.classes, None, {"model": f"ViT of width {ARCHITECTURE.dim} trained on CIFAR-10, seed {seed}"})
+    parts = verbs.Parts(None, *held.split(0.5), test)
+    dense_correct = verbs.outcomes(reference, Ladder((reference.space.full,), 0), test, PREPROCESS).correct[:, 0]
+    reached = True
+    try:
+        adapted, seen = verbs.control(network, reference, parts, source, PLAN, backend="inductor", buckets=(1, 32), tell=print)
+    except ControlError as error:
+        print(f"seed {seed}: not within {PLAN.tolerance} points of the dense network ({error}); placed against its own full path instead")
+        reached = False
+        adapted, seen = verbs.control(network, network, parts, source, PLAN, backend="inductor", buckets=(1, 32), tell=print)
+    bundle = adapted.bundle
+    budgets = {str(budget): judged(bundle, seen, decide(bundle.controller, seen, budget), dense_correct) for budget in BUDGETS}
+    if timed:
+        weighed = weigh(adapted, reference, test, seen, dense_correct, repeats=20, tell=print)
+        weighed.adapted.save(runs / "bundle", extra=weighed.files())
+        figures, times = dict(weighed.figures), next(iter(weighed.adapted.bundle.costs.values()))
+    else:
+        figures, times = judged(bundle, seen, decide(bundle.controller, seen, bundle.budget), dense_correct), None
+    rungs = [{"path": path.name, "gmacs": rung.gmacs, "accuracy": rung.accuracy} for path, rung in zip(bundle.ladder.paths, bundle.rungs, strict=True)]
+    epochs = adaptive_epochs(network)
+    return {"seed": seed, "tolerance_reached": reached, "figures": figures, "budgets": budgets, "rungs": rungs, "times": times, "adaptive_epochs": epochs}

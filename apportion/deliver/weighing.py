@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from apportion.control import adaptive_gain, decide
 from apportion.control.rules import confidence_cascade, oracle, random_at, static_hull
 from apportion.deliver.adapted import Adapted
+from apportion.deliver.bundle import Bundle
 from apportion.engine import build, serving
 from apportion.intake import ImageSet
 from apportion.measure.doctor import device, fingerprint
@@ -62,25 +63,15 @@ def weigh(adapted: Adapted, dense: Network, images: ImageSet, seen: Outcomes, de
         "dense": peak_bytes(lambda: _quiet(dense.at(full), sample[: batches[1]])),
         "adaptive": peak_bytes(lambda: _routed(adapted, sample[: batches[1]])),
     }
-    correct = seen.correct.gather(1, choice[:, None])[:, 0]
-    drop = paired_drop(dense_correct.numpy(), correct.numpy())
-    gmacs = float(np.mean([bundle.rungs[k].gmacs for k in choice.tolist()]))
-    gain = adaptive_gain(seen, choice)
     ratios = {batch: ratio(found["adaptive"], found["dense"]) for batch, found in times.items()}
-    saved = 1 - gmacs / bundle.dense_gmacs
-    figures = {
-        "samples": len(correct),
-        "accuracy_dense": float(dense_correct.double().mean()),
-        "accuracy_adaptive": float(correct.double().mean()),
-        "drop_points": drop._asdict(),
-        "gmacs_dense": bundle.dense_gmacs,
-        "gmacs_adaptive": gmacs,
-        "gmacs_saved_share": saved,
-        "adaptive_gain_points": dict(zip(("value", "low", "high"), gain, strict=True)),
+    figures = judged(bundle, seen, choice, dense_correct)
+    saved = bundle.dense_gmacs > figures["gmacs_adaptive"]
+    figures |= {
         "time_ratio": {str(batch): found._asdict() for batch, found in ratios.items()},
-        "realisation": {str(batch): realisation_ratio(1.0, found.value, bundle.dense_gmacs, gmacs) if saved > 0 else None for batch, found in ratios.items()},
+        "realisation": {
+            str(batch): realisation_ratio(1.0, found.value, bundle.dense_gmacs, figures["gmacs_adaptive"]) if saved else None for batch, found in ratios.items()
+        },
         "peak_bytes": peaks,
-        "share": _share(choice, len(bundle.rungs)),
         "graphs": adapted.engine.wanted,
     }
     table = {
@@ -96,6 +87,24 @@ def weigh(adapted: Adapted, dense: Network, images: ImageSet, seen: Outcomes, de
     measured = Adapted(replace(bundle, costs={**bundle.costs, fingerprint(): table}), backend=adapted.backend, buckets=adapted.buckets, engine=adapted.engine)
     report = page(measured, images, seen, choice, dense_correct, times, peaks, figures)
     return Weighed(measured, report, figures)
+
+
+def judged(bundle: Bundle, seen: Outcomes, choice: Tensor, dense_correct: Tensor) -> dict[str, Any]:
+    """Accuracy and multiply-adds of these choices against the dense network's answers to the same inputs; no times."""
+    correct = seen.correct.gather(1, choice[:, None])[:, 0]
+    gmacs = float(np.mean([bundle.rungs[k].gmacs for k in choice.tolist()]))
+    return {
+        "samples": len(correct),
+        "accuracy_dense": float(dense_correct.double().mean()),
+        "accuracy_full": float(seen.correct[:, -1].double().mean()),
+        "accuracy_adaptive": float(correct.double().mean()),
+        "drop_points": paired_drop(dense_correct.numpy(), correct.numpy())._asdict(),
+        "gmacs_dense": bundle.dense_gmacs,
+        "gmacs_adaptive": gmacs,
+        "gmacs_saved_share": 1 - gmacs / bundle.dense_gmacs,
+        "adaptive_gain_points": dict(zip(("value", "low", "high"), adaptive_gain(seen, choice), strict=True)),
+        "share": _share(choice, len(bundle.rungs)),
+    }
 
 
 def timed(adapted: Adapted, dense: Network, sample: Tensor, batch: int, *, repeats: int, tell: Tell) -> dict[str, Timing]:

@@ -1,0 +1,46 @@
+"""`python -m bench cifar|deit|tables|all --data FOLDER`: measure again what is committed under `results/`."""
+
+from __future__ import annotations
+
+from pathlib import Path as File
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+Data = Annotated[File, typer.Option("--data", help="The folder with the data sets, laid out as each bench says.")]
+
+
+@app.command()
+def cifar(data: Data, runs: File = File("runs/cifar"), seeds: str = "0,1,2") -> None:
+    """CIFAR-10, dense against adaptive, trained from scratch."""
+    from bench import cifar as bench
+
+    bench.main(data, runs, [int(seed) for seed in seeds.split(",")])
+
+
+@app.command()
+def deit(data: Data, model: Annotated[File, typer.Option(help="DeiT-Tiny's weights, timm names, safetensors.")], repeats: int = 12) -> None:
+    """A real DeiT-Tiny, without training."""
+    from bench import deit as bench
+
+    bench.main(data, model, repeats=repeats)
+
+
+@app.command()
+def tables() -> None:
+    """The README's tables and docs/methods.md, made from results and cards."""
+    from bench import tables as pages
+
+    pages.main()
+
+
+@app.command(name="all")
+def everything(data: Data, model: Annotated[File, typer.Option(help="DeiT-Tiny's weights.")] = File("deit_tiny.safetensors")) -> None:
+    """Every committed result, then the tables."""
+    cifar(data)
+    deit(data, model)
+    tables()
+
+
+app()
