@@ -57,7 +57,8 @@ class Adapted:
 
     def __init__(self, bundle: Bundle, *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32), engine: Engine | None = None) -> None:
         """`engine`: one that was built for this very bundle and is to be used again."""
-        self.bundle, self.backend, self.buckets = bundle, backend, tuple(buckets)
+        self.bundle, self.buckets = bundle, tuple(buckets)
+        self.backend: Backend = backend
         network, ladder = bundle.network, bundle.ladder
         self.decide = Decide(network.glance(ladder.glance), bundle.controller)
         self.rungs = [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths]
