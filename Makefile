@@ -21,10 +21,10 @@ demo: setup  ## train a small transformer on handwritten digits, make it adaptiv
 	$(PY) -m apportion demo --out demo
 
 test: setup check  ## everything that can be tested on this machine
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 fast: setup check  ## what runs in under a minute
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n 2 -m "not slow"
 
 check: setup
 	$(VENV)/bin/ruff check .

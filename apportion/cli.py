@@ -14,8 +14,29 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Give each input the compute it needs, and no more.")
+
+class Commands(TyperGroup):
+    """Errors of ours become one line and their exit code, Ctrl-C its message and 130."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        from apportion.errors import ApportionError
+
+        try:
+            return super().invoke(ctx)
+        except ApportionError as error:
+            line(Text.assemble((type(error).__name__, "bold red"), " ", " ".join(str(error).split())))
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt as stop:
+            line(Text(str(stop) or "stopped; the same command goes on from the last checkpoint"))
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Give each input the compute it needs, and no more."
+)
 out, err = Console(), Console(stderr=True)
 if not out.is_terminal:
     out = Console(width=140)  # a pipe has no width of its own, and a table that is cut says nothing
@@ -29,7 +50,12 @@ Data = Annotated[str, typer.Option("--data", help="An image folder, an .npz file
 
 def tell(text: str) -> None:
     """Progress goes to standard error, so that standard output can be piped."""
-    err.print(f"[dim]·[/dim] {text}", highlight=False)
+    line(Text.assemble(("·", "dim"), " ", text))
+
+
+def line(text: Text) -> None:
+    """One line on standard error, however long; brackets in a file's name are no markup."""
+    err.print(text, highlight=False, soft_wrap=True)
 
 
 def show(data: Any, table: Callable[[], Table], as_json: bool) -> None:
@@ -110,7 +136,7 @@ def adapt(
 @app.command()
 def demo(
     to: Annotated[File, typer.Option("--out", help="Where bundle and report go.")] = File("demo"),
-    epochs: Annotated[float, typer.Option(help="Of dense training; half as many teach the paths.")] = 30.0,
+    epochs: Annotated[float, typer.Option(help="Of dense training; half as many teach the paths.")] = 20.0,
     backend: BackendName = "inductor",
     as_json: Json = False,
 ) -> None:
@@ -138,7 +164,7 @@ def run(
     lines = [[row["file"], row["label"], f"{row['probability']:.3f}", row["path"], f"{row['gmacs']:.4f}"] for row in rows]
     show(found, lambda: grid(str(folder), ["file", "label", "probability", "path", "GMACs"], lines), as_json)
     for file, why in skipped:
-        err.print(f"[red]left out[/red] {file}: {why}", highlight=False)
+        line(Text.assemble(("left out", "red"), f" {file}: {why}"))
     if skipped:
         err.print(f"{len(skipped)} of {len(skipped) + len(rows)} inputs could not be read")
         raise typer.Exit(5)
@@ -192,14 +218,5 @@ def doctor(as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """The entry point: errors of ours become one line and their exit code."""
-    from apportion.errors import ApportionError
-
-    try:
-        app()
-    except ApportionError as error:
-        err.print(f"[bold red]{type(error).__name__}[/bold red] {error}", highlight=False)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt as stop:
-        err.print(str(stop) or "stopped; the same command goes on from the last checkpoint", highlight=False)
-        raise SystemExit(130) from None
+    """The entry point."""
+    app()

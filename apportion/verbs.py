@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from apportion import methods
 from apportion.control import Controller, candidates, choose_rungs, fit_controller, frontier, operating_point
+from apportion.control.complexity import Complexity
+from apportion.control.policy import Policy
 from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.bundle import Bundle, Rung
 from apportion.deliver.weighing import Weighed, weigh
@@ -28,6 +30,7 @@ from apportion.vocab import Ladder, Outcomes, Plan
 
 Tell = Callable[[str], None]
 BATCH = 100  # rows at a time while tables are measured
+CONTROL_ROWS = 4000  # images that control learns from and is placed on, where all are free for it
 TRIAL_ROWS = 500  # on which every candidate path is tried; the chosen few are measured on all rows
 
 
@@ -45,15 +48,18 @@ class Parts:
     report: ImageSet
 
     @classmethod
-    def read(cls, data: str | File, *, seed: int, tell: Tell = silent) -> Parts:
-        """The training images give the first three (a tenth of them held out for control), the test images the last."""
+    def read(cls, data: str | File, *, seed: int, teach: bool = True, tell: Tell = silent) -> Parts:
+        """The test images are for the report; of the others a fifth is held out for control, or where nothing is taught all, as far as CONTROL_ROWS goes."""
 
         def skip(file: str, why: str) -> None:
             tell(f"left out {file}: {why}")
 
-        teach, held = read_images(data, split="train", on_skip=skip).split(0.2, seed=seed)
+        if teach:
+            taught, held = read_images(data, split="train", on_skip=skip).split(0.2, seed=seed)
+        else:
+            taught, held = None, read_images(data, split="train", limit=CONTROL_ROWS, on_skip=skip)
         decide, place = held.split(0.5, seed=seed)
-        return cls(teach, decide, place, read_images(data, split="test", on_skip=skip))
+        return cls(taught, decide, place, read_images(data, split="test", on_skip=skip))
 
 
 def adapt(
@@ -80,14 +86,13 @@ def adapt(
     plan = plan if tolerance is None else replace(plan, tolerance=tolerance)
     tell(f"reading {model if not isinstance(model, nn.Module) else type(model).__name__}")
     source = read_model(model, timm_name=timm_name, random=random, preprocess=preprocess)
-    parts = data if isinstance(data, Parts) else Parts.read(data, seed=plan.seed, tell=tell)
+    parts = data if isinstance(data, Parts) else Parts.read(data, seed=plan.seed, teach=plan.epochs > 0, tell=tell)
     for images in (parts.decide, parts.place, parts.report):
         images.check(source.network.architecture.classes)
     reference = copy.deepcopy(source.network).eval().requires_grad_(False)
     taught = prepare(source.network, parts, source.preprocess, plan, folder=None if out is None else File(out) / "training", tell=tell)
     adapted, seen = control(taught, reference, parts, source, plan, backend=backend, buckets=buckets, tell=tell)
-    dense_seen = outcomes(reference, Ladder((reference.space.full,), 0), parts.report, source.preprocess)
-    dense_correct = dense_seen.correct[:, 0] if parts.report.labels is not None else torch.ones(len(parts.report), dtype=torch.bool)
+    dense_correct = outcomes(reference, Ladder((reference.space.full,), 0), parts.report, source.preprocess).correct[:, 0]
     weighed = weigh(adapted, reference, parts.report, seen, dense_correct, repeats=repeats, tell=tell)
     if out is not None:
         weighed.adapted.save(out, extra=weighed.files())
@@ -137,22 +142,27 @@ def control(
     trial = parts.decide.rows(range(min(TRIAL_ROWS, len(parts.decide))))
     every = candidates(network.space, plan.glance)
     tell(f"trying {len(every)} paths on {len(trial)} images")
-    table = outcomes(network, Ladder(tuple(sorted(every, key=network.macs)), plan.glance), trial, source.preprocess)
     tried = sorted(every, key=network.macs)
+    table = outcomes(network, Ladder(tuple(tried), plan.glance), trial, source.preprocess, reference=reference)
     chosen = choose_rungs(table.correct.double().mean(0), table.cost, plan.rungs, correct=table.correct)
     ladder = Ladder(tuple(tried[index] for index in chosen), plan.glance)
     tell(f"learning to decide between {len(ladder.paths)} paths")
-    fitted, placed = (outcomes(network, ladder, images, source.preprocess) for images in (parts.decide, parts.place))
+    decision = decision_macs(table.signal.shape[1], len(ladder.paths))
+
+    def measured(images: ImageSet) -> Outcomes:
+        return outcomes(network, ladder, images, source.preprocess, decision=decision, reference=reference)
+
+    fitted, placed = measured(parts.decide), measured(parts.place)
     both = joined(fitted, placed)
     rows = torch.arange(len(both.correct))
     controller = fit_controller(both, fit_rows=rows[: len(fitted.correct)], calibrate_rows=rows[len(fitted.correct) :], seed=plan.seed)
     # The tolerance is against the model that was read, so what healing gave or took at full counts too.
     before = outcomes(reference, Ladder((reference.space.full,), 0), parts.place, source.preprocess)
-    lost = 100 * (before.correct.double().mean() - placed.correct[:, -1].double().mean()).item() if parts.place.labels is not None else 0.0
+    lost = 100 * (before.correct.double().mean() - placed.correct[:, -1].double().mean()).item()
     point = operating_point(controller, placed, plan.tolerance - lost)
     tell(f"operating at {point.budget:.3f} of the full path")
     gmacs = rung_gmacs(network, ladder, controller)
-    seen = outcomes(network, ladder, parts.report, source.preprocess)
+    seen = measured(parts.report)
     accuracy = seen.correct.double().mean(0).tolist()
     bundle = Bundle(
         network=network,
@@ -164,7 +174,7 @@ def control(
         rungs=tuple(Rung(g, a) for g, a in zip(gmacs, accuracy, strict=True)),
         frontier=tuple(frontier(controller, seen, torch.linspace(gmacs[0] / gmacs[-1] + 1e-3, 1.0, 12).tolist())),
         dense_gmacs=reference.macs(reference.space.full) / 1e9,
-        classes=tuple(source.classes or parts.report.classes),
+        classes=named(tuple(source.classes or parts.report.classes), network.architecture.classes),
         provenance={
             "source": source.provenance,
             "made_on": device(),
@@ -174,12 +184,28 @@ def control(
     return Adapted(bundle, backend=backend, buckets=buckets), seen
 
 
-def outcomes(network: Network, ladder: Ladder, images: ImageSet, preprocess: Preprocess) -> Outcomes:
-    """The table of these images along the paths of the ladder; costs are closed-form multiply-adds with the glance's, as shares of the full path."""
+def outcomes(network: Network, ladder: Ladder, images: ImageSet, preprocess: Preprocess, *, decision: int = 0, reference: Network | None = None) -> Outcomes:
+    """The table of these images along the paths of the ladder; costs are closed-form multiply-adds with the glance's, as shares of the full path.
+
+    `decision`: multiply-adds of the controller. Without labels, right is what `reference` answers, or where there is none the ladder's own full path.
+    """
     rungs = [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths]
     glance = network.glance(ladder.glance)
-    cost = torch.tensor([network.macs(path) + glance.macs() for path in ladder.paths], dtype=torch.float32)
-    return measure_outcomes(glance, rungs, images.batches(BATCH, preprocess), cost=cost / cost[-1])
+    cost = torch.tensor([network.macs(path) + glance.macs() + decision for path in ladder.paths], dtype=torch.float64)
+    batches = images.batches(BATCH, preprocess)
+    if images.labels is None and reference is not None:
+        batches = ((inputs, reference(inputs, reference.space.full).argmax(-1)) for inputs, _ in batches)
+    return measure_outcomes(glance, rungs, batches, cost=(cost / cost[-1]).float())
+
+
+def decision_macs(features: int, rungs: int) -> int:
+    """Multiply-adds of the controller that `fit_controller` will make of such a table."""
+    return Complexity(features=features, rungs=rungs).macs + Policy(features=features, rungs=rungs).macs
+
+
+def named(classes: tuple[str, ...], outputs: int) -> tuple[str, ...]:
+    """A name for every output: its number where the data does not name it; none where nothing is named."""
+    return (*classes, *map(str, range(len(classes), outputs))) if classes else ()
 
 
 def joined(first: Outcomes, second: Outcomes) -> Outcomes:
@@ -207,13 +233,13 @@ def bench(
     bundle = adapted.bundle
     images = read_images(data, split="test")
     images.check(bundle.network.architecture.classes)
-    seen = outcomes(bundle.network, bundle.ladder, images, bundle.preprocess)
+    seen = outcomes(bundle.network, bundle.ladder, images, bundle.preprocess, decision=bundle.controller.macs)
     weighed = weigh(adapted, bundle.network, images, seen, seen.correct[:, -1], repeats=repeats, tell=tell)
     weighed.adapted.save(folder, extra=weighed.files())
     return weighed
 
 
-def demo(out: str | File, *, epochs: float = 30.0, backend: Backend = "inductor", tell: Tell = silent) -> Weighed:
+def demo(out: str | File, *, epochs: float = 20.0, backend: Backend = "inductor", tell: Tell = silent) -> Weighed:
     """The whole way on scikit-learn's handwritten digits: train a small transformer, make it adaptive, weigh it, write bundle and report."""
     architecture = Architecture(image_size=16, patch=2, dim=48, depth=6, heads=3, hidden=192, classes=10, stem="conv")
     recipe = Recipe(epochs=epochs, batch=64, learning_rate=2e-3, crop_padding=1, ema=0.99)
@@ -227,14 +253,16 @@ def run(
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Label, probability, path and GMACs of each picture among files and folders, and the files that could not be read, each with the reason."""
     adapted, rows, skipped = load(folder, backend=backend), list[dict[str, Any]](), list[tuple[str, str]]()
-    files, pictures = [file for entry in inputs for file in _files(entry)], []
-    for file in files:
-        try:
-            pictures.append((file, decode(file)))
-        except DataError as error:
-            skipped.append((str(file), error.found))
-    for start in range(0, len(pictures), BATCH):
-        some = pictures[start : start + BATCH]
+    files = [file for entry in inputs for file in _files(entry)]
+    for start in range(0, len(files), BATCH):
+        some = []
+        for file in files[start : start + BATCH]:
+            try:
+                some.append((file, decode(file)))
+            except DataError as error:
+                skipped.append((str(file), error.found.removeprefix(f"{file}: ")))
+        if not some:
+            continue
         answer = adapted([picture for _, picture in some], budget)
         top = answer.logits.softmax(-1).max(-1)
         for (file, _), label, probability, rung, gmacs in zip(
@@ -248,7 +276,10 @@ def run(
 def _files(entry: File) -> list[File]:
     if not entry.exists():
         raise DataError(f"no file or folder {entry}", wanted="pictures", do="Check the path.")
-    return sorted(file for file in entry.rglob("*") if file.is_file()) if entry.is_dir() else [entry]
+    files = sorted(file for file in entry.rglob("*") if file.is_file()) if entry.is_dir() else [entry]
+    if not files:
+        raise DataError(f"no file in {entry}", wanted="pictures", do="Check the path.")
+    return files
 
 
 def systems(name: str | None = None) -> list[dict[str, Any]]:

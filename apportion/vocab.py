@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from apportion.errors import ControlError, PathError, PlanError
@@ -173,27 +172,6 @@ class Ladder:
 
 
 @dataclass(frozen=True, slots=True)
-class Conditions:
-    """Where a measured number holds. A number without them does not exist."""
-
-    batch: int
-    device: str
-    dtype: str
-    backend: str = "eager"
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What one path costs, per sample: multiply-adds in units of 1e9, median milliseconds with quartiles, bytes of activations at their peak."""
-
-    gmacs: float
-    latency_ms: float | None = None
-    latency_ms_quartiles: tuple[float, float] | None = None
-    peak_bytes: int | None = None
-    conditions: Conditions | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Budget:
     """What may be spent per sample: a mean target, or with `cap` a ceiling that no sample passes."""
 
@@ -296,13 +274,3 @@ class Plan:
     batch: int = 128
     learning_rate: float = 5e-4
     seed: int = 0
-
-
-def numbered(paths: Sequence[Path]) -> Iterator[tuple[int, str]]:
-    """Indices and names side by side, for tables."""
-    return ((index, path.name) for index, path in enumerate(paths))
-
-
-def relative(costs: Sequence[Cost]) -> Tensor:
-    """GMACs of each path as a share of the last, which is the full one."""
-    return torch.tensor([cost.gmacs / costs[-1].gmacs for cost in costs], dtype=torch.float64)

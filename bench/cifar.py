@@ -6,6 +6,7 @@ to learn and place the controller; the test set is read once, at the end. Traini
 
 from __future__ import annotations
 
+import json
 from pathlib import Path as File
 from typing import Any
 
@@ -15,6 +16,7 @@ from apportion import verbs
 from apportion.control import decide
 from apportion.deliver.weighing import judged, weigh
 from apportion.errors import ControlError
+from apportion.files import write_json
 from apportion.intake import ImageSet, Preprocess, Source, read_images
 from apportion.network import Architecture, Network, put
 from apportion.train import Images, Recipe, dense, fit, sandwich
@@ -85,7 +87,12 @@ def train_adaptive(train: ImageSet, runs: File, seed: int) -> Network:
 def main(data: File, runs: File, seeds: list[int]) -> None:
     """Every seed's figures; times for the first one, whose network has the shape of all."""
     train, held, test = read(data)
-    found = [one(train, held, test, runs, seed, timed=seed == seeds[0]) for seed in seeds]
+    found = []
+    for seed in seeds:
+        done = runs / f"figures-{seed}.json"
+        if not done.exists():
+            write_json(done, one(train, held, test, runs, seed, timed=seed == seeds[0]))
+        found.append(json.loads(done.read_text()))
     results.write("cifar", "python -m bench cifar --data FOLDER", {"seeds": found, "recipe": {**RECIPE, "dense_epochs": DENSE_EPOCHS}})
 
 

@@ -91,7 +91,11 @@ class Adapted:
         cheapest = self.bundle.rungs[0].gmacs / self.bundle.rungs[-1].gmacs
         if share < cheapest:
             raise PlanError(f"budget {budget}", wanted=f"at least {cheapest:.3f}x, the cheapest path", do="Raise the budget.")
-        return (1.0, share) if wanted.cap else (min(share, 1.0), float("inf"))
+        if not wanted.cap:
+            return min(share, 1.0), float("inf")
+        # The controller knows costs without its own, to single precision: its cap is the dearest path within the true one.
+        within = sum(rung.gmacs / self.bundle.rungs[-1].gmacs <= share for rung in self.bundle.rungs)
+        return 1.0, float(self.bundle.controller.cost[within - 1])
 
     def _share(self, budget: Budget) -> float:
         if budget.unit == "x":
@@ -104,6 +108,7 @@ class Adapted:
                 f"a budget in ms and no times of this device ({fingerprint()})", wanted="a table measured here", do="Run `apportion bench DIR` on this device."
             )
         costs = [rung.gmacs / self.bundle.rungs[-1].gmacs for rung in self.bundle.rungs]
+        times = np.maximum.accumulate(times)  # a cheaper path that is slower here must not hide behind a dearer one
         if budget.amount < times[0]:
             raise PlanError(f"budget {budget.amount} ms", wanted=f"at least {times[0]:.3f} ms, the cheapest path", do="Raise the budget.")
         return float(np.interp(budget.amount, times, costs))

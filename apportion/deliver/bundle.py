@@ -4,8 +4,8 @@ plan.toml                  what was adapted and how, and what it takes to build 
 model.safetensors          the weights, once for all paths
 controller.safetensors     the weights of the decision
 ladder.json                the served paths, the operating budget, accuracy and cost measured for each
-costs/<device>.json        milliseconds on one device, named by its fingerprint
 provenance.json            where it came from: source, versions, data, digests of the files above
+costs/<device>.json        milliseconds on one device, named by its fingerprint, sealed to the files above; a device may be added at any time
 README.md, report.html     for people
 """
 
@@ -15,25 +15,27 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path as File
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tomli_w
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as pack_tensors
 from torch import nn
 
 from apportion.control import Controller
-from apportion.errors import BundleError, PlanError
+from apportion.errors import ApportionError, BundleError, PlanError
 from apportion.files import write_atomic, write_json
 from apportion.intake import Preprocess
 from apportion.network import Architecture, Network, put
 from apportion.vocab import Ladder, Path, Plan
 
 VERSION = 1
+CORE = ("plan.toml", "model.safetensors", "controller.safetensors", "ladder.json")
+AGAIN = "Copy the bundle again, or run `adapt` again."
 T = TypeVar("T")
 
 
@@ -46,6 +48,39 @@ class Rung:
 
 
 @dataclass(frozen=True, slots=True)
+class Reached:
+    """The controller at one budget: cost as a share of the full path, accuracy (0..1), and the share of inputs on each rung."""
+
+    budget: float
+    cost: float
+    accuracy: float
+    share: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """ladder.json, as a whole."""
+
+    glance: Annotated[int, Field(ge=0)]
+    paths: tuple[Path, ...]
+    rungs: tuple[Rung, ...]
+    budget: float
+    frontier: tuple[Reached, ...]
+    dense_gmacs: float
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What it takes to build the controller again."""
+
+    features: Annotated[int, Field(gt=0)]
+    rungs: Annotated[int, Field(gt=0)]
+    hidden: Annotated[int, Field(gt=0)]
+    knots: Annotated[int, Field(gt=1)]
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """plan.toml, as a whole."""
 
@@ -53,7 +88,7 @@ class Settings:
     plan: Plan
     architecture: Architecture
     preprocess: Preprocess
-    controller: dict[str, int]
+    controller: Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,95 +110,141 @@ class Bundle:
 
 
 def save(bundle: Bundle, folder: File, *, extra: Mapping[str, str] | None = None) -> None:
-    """Write the folder, each file in one piece and provenance.json, which names the digests of the others, last. `extra` maps file names to text."""
-    settings = Settings(VERSION, bundle.plan, bundle.network.architecture, bundle.preprocess, bundle.controller.config())
-    files: dict[str, bytes] = {
-        "plan.toml": tomli_w.dumps(_plain(asdict(settings))).encode(),
-        "model.safetensors": _pack(bundle.network),
-        "controller.safetensors": _pack(bundle.controller),
-        "ladder.json": _json(
-            {
-                "glance": bundle.ladder.glance,
-                "paths": [path.to_dict() for path in bundle.ladder.paths],
-                "rungs": [asdict(rung) for rung in bundle.rungs],
-                "budget": bundle.budget,
-                "frontier": [dict(point) for point in bundle.frontier],
-                "dense_gmacs": bundle.dense_gmacs,
-                "classes": list(bundle.classes),
-            }
-        ),
-    }
-    for name, content in files.items():
+    """Write the folder, each file in one piece and provenance.json, which names the digests, last: a write cut short is an altered bundle or the old one.
+
+    `extra` maps file names to text. Times of devices that the bundle does not know are removed: they were of a model that stood here before.
+    """
+    settings = Settings(VERSION, bundle.plan, bundle.network.architecture, bundle.preprocess, Sizes(**bundle.controller.config()))
+    served = Served(
+        glance=bundle.ladder.glance,
+        paths=bundle.ladder.paths,
+        rungs=bundle.rungs,
+        budget=bundle.budget,
+        frontier=tuple(Reached(**point) for point in bundle.frontier),
+        dense_gmacs=bundle.dense_gmacs,
+        classes=bundle.classes,
+    )
+    contents = (tomli_w.dumps(_plain(asdict(settings))).encode(), _pack(bundle.network), _pack(bundle.controller), _json(asdict(served)))
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in zip(CORE, contents, strict=True)}
+    for name, content in zip(CORE, contents, strict=True):
         write_atomic(folder / name, content)
+    for file in _tables(folder):
+        if file.stem not in bundle.costs:
+            file.unlink()
     for device, table in bundle.costs.items():
-        write_json(folder / "costs" / f"{device}.json", table)
+        write_json(folder / "costs" / f"{device}.json", {**table, "seal": _seal(table, digests)})
     for name, text in (extra or {}).items():
         write_atomic(folder / name, text)
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     write_json(folder / "provenance.json", {**bundle.provenance, "sha256": digests})
 
 
 def load(folder: File) -> Bundle:
-    """Read the folder back. Raises BundleError naming the file that is missing, altered, or does not fit the others; nothing is filled in or left out."""
+    """Read the folder back. Raises BundleError or PlanError naming the file that is missing, altered, or does not fit the others; nothing is filled in."""
     if not folder.is_dir():
         raise BundleError(f"no folder {folder}", wanted="the folder of a bundle", do="Give the folder that `adapt` wrote.")
-    provenance = _parse(folder, "provenance.json", _read(folder, "provenance.json"))
-    content = {name: _read(folder, name) for name in ("plan.toml", "model.safetensors", "controller.safetensors", "ladder.json")}
+    provenance = _parse(folder / "provenance.json", _read(folder, "provenance.json"))
+    digests = provenance.pop("sha256", None)
+    content = {name: _read(folder, name) for name in CORE}
     for name, data in content.items():
-        if hashlib.sha256(data).hexdigest() != provenance.get("sha256", {}).get(name):
-            raise BundleError(f"{folder / name}, altered since it was written", wanted="the file that provenance.json names", do="Copy the bundle again.")
-    settings = validated(Settings, tomllib.loads(content["plan.toml"].decode()), folder / "plan.toml")
-    if settings.version != VERSION:
-        raise BundleError(f"a bundle of version {settings.version}", wanted=f"version {VERSION}", do="Write it again with this release.")
-    ladder = _parse(folder, "ladder.json", content["ladder.json"])
-    try:
-        network = Network(settings.architecture)
-        for choice in settings.plan.choices:
-            put(network, choice)
-        controller = Controller.from_config(settings.controller)
-        paths = Ladder(tuple(Path.from_dict(path) for path in ladder["paths"]), ladder["glance"])
-        for path in paths.paths:
-            network.space.check(path)
-        costs = {file.stem: _parse(folder, f"costs/{file.name}", file.read_bytes()) for file in sorted((folder / "costs").glob("*.json"))}
-        bundle = Bundle(
-            network=_fill(network, content["model.safetensors"], folder / "model.safetensors"),
-            ladder=paths,
-            controller=_fill(controller, content["controller.safetensors"], folder / "controller.safetensors"),
-            preprocess=settings.preprocess,
-            plan=settings.plan,
-            budget=ladder["budget"],
-            rungs=tuple(Rung(**rung) for rung in ladder["rungs"]),
-            frontier=tuple(ladder["frontier"]),
-            dense_gmacs=ladder["dense_gmacs"],
-            classes=tuple(ladder["classes"]),
-            costs=costs,
-            provenance={key: value for key, value in provenance.items() if key != "sha256"},
-        )
-    except (KeyError, TypeError) as error:
-        raise BundleError(f"{folder / 'ladder.json'} with {error}", wanted="the entries that `save` writes", do="Copy the bundle again.") from error
-    return bundle
+        if not isinstance(digests, dict) or hashlib.sha256(data).hexdigest() != digests.get(name):
+            raise BundleError(f"{folder / name}, altered since it was written", wanted="the file that provenance.json names", do=AGAIN)
+    settings = _settings(content["plan.toml"], folder / "plan.toml")
+    network, controller = _built(settings, folder / "plan.toml")
+    served = validated(Served, _parse(folder / "ladder.json", content["ladder.json"]), folder / "ladder.json")
+    return Bundle(
+        network=_fill(network, content["model.safetensors"], folder / "model.safetensors"),
+        ladder=_ladder(served, settings, network, folder / "ladder.json"),
+        controller=_fill(controller, content["controller.safetensors"], folder / "controller.safetensors"),
+        preprocess=settings.preprocess,
+        plan=settings.plan,
+        budget=served.budget,
+        rungs=served.rungs,
+        frontier=tuple(asdict(point) for point in served.frontier),
+        dense_gmacs=served.dense_gmacs,
+        classes=served.classes,
+        costs={file.stem: _table(file, digests) for file in _tables(folder)},
+        provenance=provenance,
+    )
 
 
 def read_plan(file: File) -> Plan:
     """A plan from a TOML file. Raises PlanError, naming the entry, for an unknown key or a value of the wrong kind."""
     try:
-        data = tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        data = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
         raise PlanError(f"{file}: {error}", wanted="a plan in TOML", do="See docs/design.md for one.") from error
     return validated(Plan, data, file)
 
 
 def validated(kind: type[T], data: Any, where: File) -> T:
     """`data` as `kind`, every key known and every value of its kind. Raises PlanError."""
-    strict = with_config(ConfigDict(extra="forbid"))
-    for known in (Plan, Settings):
+    strict = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
+    for known in (Plan, Settings, Served):
         strict(known)
     try:
-        return TypeAdapter(kind).validate_python(data)
+        # By way of JSON: there a list may stand for a tuple, and still nothing else is converted.
+        return TypeAdapter(kind).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise PlanError(f"{where}: {place} ({first['msg'].lower()})", wanted=f"the entries of {kind.__name__}", do="Correct the file.") from error
+        entries = ", ".join(entry.name for entry in fields(kind))  # pyright: ignore[reportArgumentType]
+        raise PlanError(f"{where}: {place} ({first['msg'].lower()})", wanted=f"the entries of {kind.__name__}: {entries}", do="Correct the file.") from error
+
+
+def _settings(data: bytes, file: File) -> Settings:
+    try:
+        found = tomllib.loads(data.decode())
+    except ValueError as error:
+        raise BundleError(f"{file}: {error}", wanted="TOML", do=AGAIN) from error
+    # The version comes first: another one may have other entries.
+    if found.get("version") != VERSION:
+        raise BundleError(f"{file} of version {found.get('version')}", wanted=f"version {VERSION}", do="Write the bundle again with this release.")
+    return validated(Settings, found, file)
+
+
+def _built(settings: Settings, file: File) -> tuple[Network, Controller]:
+    """Network and controller of these shapes, weights still to come."""
+    try:
+        network = Network(settings.architecture)
+        for choice in settings.plan.choices:
+            put(network, choice)
+        return network, Controller.from_config(asdict(settings.controller))
+    except ApportionError as error:
+        raise BundleError(f"{file}: {error.found}", wanted=error.wanted, do=AGAIN) from error
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:  # sizes that no module can be built with
+        raise BundleError(f"{file}: {error}", wanted="sizes that fit each other", do=AGAIN) from error
+
+
+def _ladder(served: Served, settings: Settings, network: Network, file: File) -> Ladder:
+    rungs, outputs = settings.controller.rungs, settings.architecture.classes
+    counts = {len(served.paths), len(served.rungs), *(len(point.share) for point in served.frontier)}
+    if counts != {rungs} or len(served.classes) not in (0, outputs):
+        wanted = f"{rungs} of each, and {outputs} class names or none"
+        raise BundleError(f"{file} with {sorted(counts)} entries for the paths and {len(served.classes)} class names", wanted=wanted, do=AGAIN)
+    try:
+        ladder = Ladder(served.paths, served.glance)
+        network.glance(served.glance)
+        for path in served.paths:
+            network.space.check(path)
+    except ApportionError as error:
+        raise BundleError(f"{file}: {error.found}", wanted=error.wanted, do=AGAIN) from error
+    return ladder
+
+
+def _tables(folder: File) -> list[File]:
+    return sorted((folder / "costs").glob("*.json"))
+
+
+def _table(file: File, digests: Mapping[str, str]) -> dict[str, Any]:
+    table = _parse(file, file.read_bytes())
+    if table.pop("seal", None) != _seal(table, digests):
+        raise BundleError(f"{file}, altered or of another model", wanted="times of this model", do="Remove it and run `apportion bench` on that device.")
+    return table
+
+
+def _seal(table: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    """Ties a table of times to its content and to the files that it was measured with."""
+    return hashlib.sha256(_json([dict(table), digests])).hexdigest()
 
 
 def _fill(module: Any, data: bytes, file: File) -> Any:
@@ -171,7 +252,7 @@ def _fill(module: Any, data: bytes, file: File) -> Any:
     try:
         module.load_state_dict(parse_tensors(data), strict=True)
     except (RuntimeError, SafetensorError) as error:
-        raise BundleError(f"{file}: {str(error).splitlines()[-1].strip()}", wanted="the tensors of the plan beside it", do="Copy the bundle again.") from error
+        raise BundleError(f"{file}: {str(error).splitlines()[-1].strip()}", wanted="the tensors of the plan beside it", do=AGAIN) from error
     return module.requires_grad_(False).eval()
 
 
@@ -183,14 +264,17 @@ def _read(folder: File, name: str) -> bytes:
     try:
         return (folder / name).read_bytes()
     except OSError as error:
-        raise BundleError(f"{folder} without {name}", wanted="a whole bundle", do="Copy it again, or run `adapt` again.") from error
+        raise BundleError(f"{folder} without {name}", wanted="a whole bundle", do=AGAIN) from error
 
 
-def _parse(folder: File, name: str, data: bytes) -> dict[str, Any]:
+def _parse(file: File, data: bytes) -> dict[str, Any]:
     try:
-        return json.loads(data)
+        found = json.loads(data)
     except ValueError as error:
-        raise BundleError(f"{folder / name}: {error}", wanted="JSON", do="Copy the bundle again.") from error
+        raise BundleError(f"{file}: {error}", wanted="JSON", do=AGAIN) from error
+    if not isinstance(found, dict):
+        raise BundleError(f"{file} that holds a {type(found).__name__}", wanted="a JSON object", do=AGAIN)
+    return found
 
 
 def _json(data: Any) -> bytes:

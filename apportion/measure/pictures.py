@@ -70,7 +70,7 @@ def tradeoff(points: Sequence[Point], *, unit: Literal["gmacs", "latency_ms"], a
         raise DataError(f"no point with {unit}", wanted="one at least", do="Measure it, or leave the picture out.")
     tips: dict[str, str] = {}
     with matplotlib.rc_context(_CANVAS):
-        figure = Figure(figsize=(6.4, 5.0), layout="constrained")
+        figure = Figure(figsize=(6.4, 5.8), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(color="#E5E7EB", lw=0.8)
         axes.set_axisbelow(True)
@@ -95,9 +95,7 @@ def tradeoff(points: Sequence[Point], *, unit: Literal["gmacs", "latency_ms"], a
         axes.set_ylabel("accuracy, %", labelpad=8)
         axes.xaxis.set_major_locator(MaxNLocator(7))
         axes.yaxis.set_major_locator(MaxNLocator(7))
-        axes.legend(
-            reverse=True, loc="lower right", frameon=True, framealpha=0.92, edgecolor="none", fontsize=10, handlelength=2.6, borderpad=0.6, labelspacing=0.45
-        )
+        figure.legend(reverse=True, loc="outside lower center", ncols=2, frameon=False, fontsize=10, handlelength=2.6, labelspacing=0.45)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return _inline(out.getvalue(), title=title, tips=tips)

@@ -164,7 +164,7 @@ def headlines(report: Report) -> list[Headline]:
     low, high = ours.accuracy_interval
     return [
         Headline(f"{_signed(points, 2)}", f"points of accuracy: {ours.accuracy:.2f} % ({low:.2f} to {high:.2f})", points >= 0 or dense.accuracy <= high),
-        Headline(f"{_signed(100 * work, 1)} %", f"multiply-adds: {ours.gmacs:.2f} of {dense.gmacs:.2f} GMACs per input", work < 0),
+        Headline(f"{_signed(100 * work, 1)} %", f"multiply-adds: {ours.gmacs:.3g} of {dense.gmacs:.3g} GMACs per input", work < 0),
         Headline(f"{speed:.2f}×", f"as fast at batch {batch}: {ours.latency_ms[batch]:.2f} ms per input", speed > 1),  # noqa: RUF001
         Headline(f"{_signed(100 * memory, 1)} %", f"peak memory of activations: {ours.peak_bytes / 2**20:.1f} MiB", memory <= 0),
     ]
