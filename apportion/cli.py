@@ -54,7 +54,7 @@ def tell(text: str) -> None:
 
 
 def line(text: Text) -> None:
-    """One line on standard error, however long; brackets in a file's name are no markup."""
+    """One line on standard error, however long, and without markup."""
     err.print(text, highlight=False, soft_wrap=True)
 
 
@@ -67,11 +67,11 @@ def show(data: Any, table: Callable[[], Table], as_json: bool) -> None:
 
 def grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table: words to the left, numbers to the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for column, name in enumerate(head):
         table.add_column(name, justify="left" if column == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as it is: brackets in a file's name are no markup
     return table
 
 

@@ -1,0 +1,41 @@
+"""What the README and the pages made from code say is still so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path as File
+
+import apportion
+from apportion.cli import app
+from bench import tables
+
+ROOT = File(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_command_named_exists():
+    named = set(re.findall(r"^apportion (\w+)", README, re.MULTILINE))
+    known = {command.name or (command.callback.__name__ if command.callback else "") for command in app.registered_commands}
+    assert named and named <= known
+    assert {"adapt", "run", "bench", "report", "systems", "doctor"} <= named
+
+
+def test_every_make_target_named_exists():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"make (demo|test|new|bench|docs|fast|setup|\w+)(?=[ `])", README))
+    assert {"demo", "test", "new"} <= named <= targets
+
+
+def test_every_public_name_used_exists():
+    used = set(re.findall(r"apportion\.(\w+)\(", README))
+    assert used and all(getattr(apportion, name) is not None for name in used)
+    assert all(getattr(apportion, name) is not None for name in apportion.__all__)
+
+
+def test_table_of_results_is_made_from_the_results():
+    written = README.split(tables.BEGIN)[1].split(tables.END)[0].strip()
+    assert written == tables.results().strip()
+
+
+def test_page_of_methods_is_made_from_the_cards():
+    assert (ROOT / "docs" / "methods.md").read_text() == tables.shelf()
