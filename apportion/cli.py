@@ -117,6 +117,7 @@ def adapt(
     from apportion.train import Recipe
     from apportion.vocab import Plan
 
+    compiler = verbs.backend(backend)  # a wrong word is refused before anything is trained
     wanted = Plan() if plan is None else read_plan(plan)
     changes = {name: value for name, value in (("tolerance", tolerance), ("epochs", epochs)) if value is not None}
     wanted = replace(wanted, **changes)
@@ -127,9 +128,7 @@ def adapt(
         shape = Architecture(image_size=32, patch=4, dim=96, depth=6, heads=3, hidden=384, classes=1, stem="conv")
         recipe = Recipe(epochs=10, batch=wanted.batch, seed=wanted.seed)
         source, preprocess, images = verbs.scratch(data, recipe=recipe, architecture=shape, folder=to / "training" / "dense", tell=tell)
-    weighed = verbs.adapt(
-        source, images, plan=wanted, out=to, timm_name=timm_name, random=random, preprocess=preprocess, backend=verbs.backend(backend), tell=tell
-    )
+    weighed = verbs.adapt(source, images, plan=wanted, out=to, timm_name=timm_name, random=random, preprocess=preprocess, backend=compiler, tell=tell)
     show(weighed.figures, lambda: summary(dict(weighed.figures), weighed.report), as_json)
 
 
@@ -209,12 +208,11 @@ def systems(name: Annotated[str | None, typer.Argument(help="A method; all of th
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine can run, and how fast."""
-    from apportion.measure.doctor import advice, device
+    from apportion.measure.doctor import device
 
     facts = device()
-    hints = advice(facts)
-    lines = [[key, json.dumps(value) if isinstance(value, dict | list) else str(value)] for key, value in facts.items()]
-    show({**facts, "advice": hints}, lambda: grid("this device", ["", ""], [*lines, *(["advice", hint] for hint in hints)]), as_json)
+    lines = [[key, json.dumps(value) if isinstance(value, dict) else str(value)] for key, value in facts.items() if key != "advice"]
+    show(facts, lambda: grid("this device", ["", ""], [*lines, *(["advice", hint] for hint in facts["advice"])]), as_json)
 
 
 def main() -> None:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from apportion import methods
-from apportion.control import Controller, candidates, choose_rungs, fit_controller, frontier, operating_point
+from apportion.control import Controller, OperatingPoint, candidates, choose_rungs, fit_controller, frontier, operating_point
 from apportion.control.complexity import Complexity
 from apportion.control.policy import Policy
 from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.bundle import Bundle, Rung
 from apportion.deliver.weighing import Weighed, weigh
 from apportion.engine import Backend
-from apportion.errors import DataError, EngineError, PlanError
+from apportion.errors import ControlError, DataError, EngineError, PlanError
 from apportion.intake import ImageSet, Preprocess, Source, read_images, read_model
 from apportion.intake.images import decode
 from apportion.measure.doctor import device
@@ -153,14 +153,12 @@ def control(
         return outcomes(network, ladder, images, source.preprocess, decision=decision, reference=reference)
 
     fitted, placed = measured(parts.decide), measured(parts.place)
-    both = joined(fitted, placed)
-    rows = torch.arange(len(both.correct))
-    controller = fit_controller(both, fit_rows=rows[: len(fitted.correct)], calibrate_rows=rows[len(fitted.correct) :], seed=plan.seed)
     # The tolerance is against the model that was read, so what healing gave or took at full counts too.
     before = outcomes(reference, Ladder((reference.space.full,), 0), parts.place, source.preprocess)
     lost = 100 * (before.correct.double().mean() - placed.correct[:, -1].double().mean()).item()
-    point = operating_point(controller, placed, plan.tolerance - lost)
-    tell(f"operating at {point.budget:.3f} of the full path")
+    first, controller, point = settle(fitted, placed, plan.tolerance - lost, seed=plan.seed)
+    ladder = Ladder(ladder.paths[first:], plan.glance)
+    tell(f"operating at {point.mean_cost:.3f} of the full path, on {len(ladder.paths)} paths")
     gmacs = rung_gmacs(network, ladder, controller)
     seen = measured(parts.report)
     accuracy = seen.correct.double().mean(0).tolist()
@@ -182,6 +180,26 @@ def control(
         },
     )
     return Adapted(bundle, backend=backend, buckets=buckets), seen
+
+
+def settle(fitted: Outcomes, placed: Outcomes, tolerance: float, *, seed: int) -> tuple[int, Controller, OperatingPoint]:
+    """The first rung to serve, a controller of those from it on, and the cheapest operating point that keeps the tolerance on `placed`.
+
+    With few rows to learn from, a poor cheapest rung tempts a controller more than it helps it; with one rung fewer below, the same budget goes further. The
+    smallest budget of each choice sends everything to its cheapest rung, so static paths are among what is compared. Raises ControlError where nothing holds.
+    """
+    both, rungs = joined(fitted, placed), torch.arange(len(fitted.cost))
+    rows = torch.arange(len(both.correct))
+    found: list[tuple[int, Controller, OperatingPoint]] = []
+    for first in range(len(rungs) - 1):
+        some = both.columns(rungs[first:])
+        controller = fit_controller(some, fit_rows=rows[: len(fitted.correct)], calibrate_rows=rows[len(fitted.correct) :], seed=seed)
+        try:
+            found.append((first, controller, operating_point(controller, placed.columns(rungs[first:]), tolerance)))
+        except ControlError as error:
+            if first == len(rungs) - 2 and not found:
+                raise error
+    return min(found, key=lambda choice: choice[2].mean_cost)
 
 
 def outcomes(network: Network, ladder: Ladder, images: ImageSet, preprocess: Preprocess, *, decision: int = 0, reference: Network | None = None) -> Outcomes:

@@ -184,6 +184,8 @@ def validated(kind: type[T], data: Any, where: File) -> T:
     try:
         # By way of JSON: there a list may stand for a tuple, and still nothing else is converted.
         return TypeAdapter(kind).validate_json(json.dumps(data, default=str), strict=True)
+    except ApportionError as error:  # from the type itself
+        raise PlanError(f"{where}: {error.found}", wanted=error.wanted, do="Correct the file.") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -250,7 +252,11 @@ def _seal(table: Mapping[str, Any], digests: Mapping[str, str]) -> str:
 def _fill(module: Any, data: bytes, file: File) -> Any:
     """The module with exactly these tensors in it, in eval mode: unknown, missing or misshapen ones are an error."""
     try:
-        module.load_state_dict(parse_tensors(data), strict=True)
+        tensors = parse_tensors(data)
+        for name, own in module.state_dict().items():
+            if name in tensors and tensors[name].dtype != own.dtype:
+                raise BundleError(f"{file}: {name} of {tensors[name].dtype}", wanted=str(own.dtype), do=AGAIN)
+        module.load_state_dict(tensors, strict=True)
     except (RuntimeError, SafetensorError) as error:
         raise BundleError(f"{file}: {str(error).splitlines()[-1].strip()}", wanted="the tensors of the plan beside it", do=AGAIN) from error
     return module.requires_grad_(False).eval()

@@ -1,0 +1,258 @@
+"""The shell: exit codes, one line for an error, one JSON document where it is asked for; and once the whole way, from a model and a folder of pictures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path as File
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from apportion import cli, verbs
+from apportion.deliver.adapted import Adapted, load
+from apportion.deliver.bundle import save
+from apportion.errors import DataError
+from apportion.intake import Preprocess, _torchvision, read_images
+from apportion.network import Architecture, Network
+from apportion.vocab import Plan
+from tests.conftest import shake
+from tests.rooms.test_deliver_bundle import made_up_bundle
+
+
+def shell(*words: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> File:
+    """A bundle on disk. Brackets in its name: they mean colours to the console, and must not."""
+    place = tmp_path_factory.mktemp("cli") / "bundle [red][/x]"
+    save(replace(made_up_bundle(), costs={}), place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def warm(folder: File) -> Adapted:
+    adapted = load(folder, backend="eager", buckets=(4,))
+    adapted.warm()
+    return adapted
+
+
+@pytest.fixture
+def quick(warm: Adapted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle with its graphs built already."""
+    monkeypatch.setattr(verbs, "load", lambda folder, *, backend: warm)
+
+
+@pytest.fixture
+def pictures(tmp_path: File) -> File:
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        Image.fromarray(rng.integers(0, 255, (12, 9, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "torn [b].png").write_bytes(whole[: len(whole) // 2])
+    return tmp_path
+
+
+def test_help_waits_for_nothing_heavy() -> None:
+    code = "import sys, apportion.cli; print(sorted({'torch', 'numpy', 'PIL', 'timm', 'sklearn', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_help_names_every_command() -> None:
+    found = subprocess.run([sys.executable, "-m", "apportion", "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(f" {command} " in found for command in ("adapt", "bench", "demo", "doctor", "report", "run", "systems"))
+
+
+def test_run_answers_what_it_can_read_and_names_the_rest(folder: File, pictures: File, quick: None) -> None:
+    found = shell("run", folder, pictures)
+    assert found.exit_code == 5
+    assert all(f"{name}.png" in found.stdout for name in "abc") and "torn" not in found.stdout
+    assert "torn [b].png: " in found.stderr and "1 of 4 inputs" in found.stderr and found.stderr.count("torn") == 1
+
+
+def test_run_in_json(folder: File, pictures: File, quick: None, warm: Adapted) -> None:
+    found = shell("run", folder, pictures, "--json", "--budget", "<0.9x")
+    data = json.loads(found.stdout)
+    assert [File(row["file"]).name for row in data["answers"]] == ["a.png", "b.png", "c.png"]
+    assert [File(row["file"]).name for row in data["skipped"]] == ["torn [b].png"]
+    for row in data["answers"]:
+        assert row["label"] in ("ape", "bee", "cow") and 1 / 3 < row["probability"] <= 1
+        assert row["path"] in [path.name for path in warm.bundle.ladder.paths]
+        assert row["gmacs"] <= 0.9 * warm.bundle.rungs[-1].gmacs
+
+
+def test_run_takes_one_file_and_says_that_all_is_well(folder: File, pictures: File, quick: None) -> None:
+    found = shell("run", folder, pictures / "a.png", "--json")
+    assert found.exit_code == 0 and len(json.loads(found.stdout)["answers"]) == 1 and not found.stderr
+
+
+def test_run_reads_more_than_a_batch(folder: File, pictures: File, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs, "BATCH", 2)
+    rows, skipped = verbs.run(folder, [pictures])
+    assert ["a.png", "b.png", "c.png"] == [File(row["file"]).name for row in rows] and len(skipped) == 1
+
+
+def test_json_is_one_document(folder: File) -> None:
+    report = shell("report", folder, "--json")
+    places = json.loads(report.stdout)["frontier"]
+    assert len(places) == 6 and json.loads(report.stdout)["page"] is None
+    methods = json.loads(shell("systems", "--json").stdout)
+    assert {"tome", "matformer"} <= {row["name"] for row in methods}
+    facts = json.loads(shell("doctor", "--json").stdout)
+    assert len(facts["fingerprint"]) == 12 and facts["advice"]
+
+
+def test_tables_show_what_json_says(folder: File) -> None:
+    assert "controller at 0.90x" in shell("report", folder).stdout
+    found = shell("systems", "tome").stdout
+    assert "2210.09461" in found and "matformer" not in found
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (["run", "nowhere [red]", "x.png"], 8, "nowhere [red]"),
+        (["report", "nowhere"], 8, "nowhere"),
+        (["systems", "nobody"], 3, "nobody"),
+        (["adapt", "timm:no_such_model", "--data", "digits", "--random"], 4, "no_such_model"),
+        (["adapt", "nowhere.safetensors", "--data", "digits"], 5, "nowhere.safetensors"),
+        (["adapt", "scratch", "--data", "nowhere"], 5, "nowhere"),
+        (["adapt", "scratch", "--data", "digits", "--plan", "nowhere.toml"], 3, "nowhere.toml"),
+        (["adapt", "scratch", "--data", "digits", "--backend", "fast"], 7, "fast"),
+        (["bench", "nowhere", "--data", "digits"], 8, "nowhere"),
+        (["bench", "nowhere"], 2, "--data"),
+        (["fly"], 2, "fly"),
+    ],
+)
+def test_errors_are_one_line_and_a_code(words: list[str], code: int, named: str, tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verbs, "fit", None)  # nothing here comes as far as training
+    found = shell(*words)
+    assert found.exit_code == code, found.output
+    assert named in found.stderr and not found.stdout and "Traceback" not in found.output
+    if code != 2:  # a wrong call shows the usage
+        assert len([line for line in found.stderr.splitlines() if not line.startswith("· ")]) == 1
+        assert isinstance(found.exception, SystemExit)
+
+
+def test_inputs_that_are_not_there_are_named(folder: File, quick: None, tmp_path: File) -> None:
+    assert "gone.png" in (found := shell("run", folder, tmp_path / "gone.png")).stderr and found.exit_code == 5
+    (tmp_path / "empty").mkdir()
+    assert "empty" in (found := shell("run", folder, tmp_path / "empty")).stderr and found.exit_code == 5
+
+
+def test_a_budget_out_of_reach_is_the_plan_s_error(folder: File, pictures: File, quick: None) -> None:
+    assert shell("run", folder, pictures / "a.png", "--budget", "0.01x").exit_code == 3
+    assert shell("run", folder, pictures / "a.png", "--budget", "1ms").exit_code == 8
+
+
+@pytest.mark.parametrize(("message", "said"), [("stopped; step 7 is written", "step 7"), ("", "goes on from the last checkpoint")])
+def test_control_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], message: str, said: str) -> None:
+    def stop(name: str | None) -> None:
+        raise KeyboardInterrupt(message)
+
+    monkeypatch.setattr(verbs, "systems", stop)
+    monkeypatch.setattr(sys, "argv", ["apportion", "systems"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 130
+    seen = capsys.readouterr()
+    assert said in seen.err and not seen.out and "Traceback" not in seen.err
+
+
+def test_every_output_has_a_name_or_none_has() -> None:
+    assert verbs.named(("cat", "dog"), 4) == ("cat", "dog", "2", "3")
+    assert verbs.named((), 4) == ()
+
+
+def test_where_nothing_is_taught_control_has_all_training_images() -> None:
+    taught, free = verbs.Parts.read("digits", seed=0), verbs.Parts.read("digits", seed=0, teach=False)
+    assert taught.teach is not None and free.teach is None and len(taught.report) == len(free.report)
+    assert len(free.decide) + len(free.place) == len(taught.teach) + len(taught.decide) + len(taught.place) == 1797 - len(free.report)
+
+
+def painted(folder: File, count: int, *, labels: bool) -> File:
+    """Red, green and blue pictures, some of them drowned in noise: three classes, or one folder without any."""
+    rng = np.random.default_rng(0)
+    for colour, name in enumerate(("red", "green", "blue")):
+        for number in range(count):
+            picture = rng.integers(0, 60 + 180 * (number % 2), (32, 32, 3))
+            picture[..., colour] += 15
+            file = folder / (f"{name}/{number}.png" if labels else f"{name}{number}.png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.astype(np.uint8)).save(file)
+    return folder
+
+
+def small() -> Network:
+    torch.manual_seed(0)
+    network = Network(Architecture(image_size=32, patch=8, dim=16, depth=3, heads=2, hidden=32, classes=3))
+    shake(network)
+    return network
+
+
+def eager(model: object, data: File, out: File | None = None, **options: object) -> verbs.Weighed:
+    fixed = {"preprocess": Preprocess(32, (0.5,) * 3, (0.25,) * 3), "plan": Plan(rungs=3, tolerance=60.0), **options}
+    return verbs.adapt(model, str(data), backend="eager", buckets=(1, 4), repeats=3, out=out, **fixed)  # pyright: ignore
+
+
+@pytest.mark.slow
+def test_the_whole_way(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = painted(tmp_path / "data", 40, labels=True), tmp_path / "out"
+    _torchvision.ready()
+    import timm
+
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=3)
+    told: list[str] = []
+    weighed = eager(vit, data, out, tell=told.append)
+    assert any("trying" in text for text in told) and told[-1].endswith(str(out))
+    assert {file.name for file in out.iterdir()} >= {"plan.toml", "model.safetensors", "report.html", "report.json", "README.md", "provenance.json", "costs"}
+    assert "http" not in (out / "report.html").read_text()
+    assert "VisionTransformer" in (out / "README.md").read_text()
+    model = load(out, backend="eager", buckets=(1, 4))
+    assert model.bundle.classes == ("blue", "green", "red") and model.latency_ms(1) is not None
+    pixels = np.stack([np.asarray(Image.open(file)) for file in sorted(data.rglob("*.png"))[:9]])
+    first, second = weighed.adapted(pixels), model(pixels)
+    assert torch.equal(first.path, second.path)
+    torch.testing.assert_close(first.logits, second.logits)
+    monkeypatch.setattr(verbs, "load", lambda folder, *, backend, buckets=None: model)
+    assert len(json.loads(shell("run", out, data / "red", "--json").stdout)["answers"]) == 40
+    # What the controller charges is what the engine reports.
+    torch.testing.assert_close(
+        model.bundle.controller.cost.double(), torch.tensor([r.gmacs / model.bundle.rungs[-1].gmacs for r in model.bundle.rungs]).double()
+    )
+    again = verbs.bench(out, str(data), backend="eager", repeats=3)
+    assert again.figures["accuracy_adaptive"] == weighed.figures["accuracy_adaptive"]
+    assert again.figures["gmacs_adaptive"] == pytest.approx(weighed.figures["gmacs_adaptive"])
+
+
+@pytest.mark.slow
+def test_without_labels_right_is_what_the_dense_model_says(tmp_path: File) -> None:
+    data = painted(tmp_path, 40, labels=False)
+    weighed = eager(small(), data, plan=Plan(rungs=3, tolerance=60.0, glance=1))
+    assert weighed.figures["accuracy_dense"] == 1.0
+    assert weighed.adapted.bundle.rungs[-1].accuracy == 1.0  # untaught, the full path is the dense model
+    assert weighed.adapted.bundle.classes == ()
+    images = read_images(data)
+    other = small()
+    shake(other, seed=5)
+    full = weighed.adapted.bundle.ladder
+    table = verbs.outcomes(weighed.adapted.bundle.network, full, images, weighed.adapted.bundle.preprocess, reference=other)
+    inputs = torch.cat([batch for batch, _ in images.batches(100, weighed.adapted.bundle.preprocess)])
+    answers = weighed.adapted.bundle.network(inputs, full.paths[-1]).argmax(-1)
+    assert torch.equal(table.correct[:, -1], answers == other(inputs, other.space.full).argmax(-1))
+
+
+@pytest.mark.slow
+def test_a_random_timm_model_needs_no_network(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as reading: the model is made and proven, and the data is what is found wrong."""
+    with pytest.raises(DataError, match="nowhere"):
+        verbs.adapt("timm:vit_tiny_patch16_224", str(tmp_path / "nowhere"), random=True)
