@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion import methods
-from apportion.control import Controller, OperatingPoint, candidates, choose_rungs, fit_controller, frontier, operating_point
+from apportion.control import Controller, OperatingPoint, candidates, choose_rungs, decide, fit_controller, frontier, operating_point
 from apportion.control.complexity import Complexity
 from apportion.control.policy import Policy
 from apportion.deliver.adapted import Adapted, load
@@ -183,23 +183,32 @@ def control(
 
 
 def settle(fitted: Outcomes, placed: Outcomes, tolerance: float, *, seed: int) -> tuple[int, Controller, OperatingPoint]:
-    """The first rung to serve, a controller of those from it on, and the cheapest operating point that keeps the tolerance on `placed`.
+    """The first rung to serve, a controller of those from it on, and the cheapest operating point that keeps the tolerance.
 
     With few rows to learn from, a poor cheapest rung tempts a controller more than it helps it; with one rung fewer below, the same budget goes further. The
-    smallest budget of each choice sends everything to its cheapest rung, so static paths are among what is compared. Raises ControlError where nothing holds.
+    smallest budget of each choice sends everything to its cheapest rung, so static paths are among what is compared. A second controller learns on `placed`
+    and is judged on `fitted`, so that all rows place the point and none judges what it taught. Raises ControlError where nothing holds.
     """
-    both, rungs = joined(fitted, placed), torch.arange(len(fitted.cost))
-    rows = torch.arange(len(both.correct))
-    found: list[tuple[int, Controller, OperatingPoint]] = []
+    rungs, found = torch.arange(len(fitted.cost)), list[tuple[int, Controller, OperatingPoint]]()
     for first in range(len(rungs) - 1):
-        some = both.columns(rungs[first:])
-        controller = fit_controller(some, fit_rows=rows[: len(fitted.correct)], calibrate_rows=rows[len(fitted.correct) :], seed=seed)
+        ours, theirs = fitted.columns(rungs[first:]), placed.columns(rungs[first:])
+        controller, swapped = learned(ours, theirs, seed=seed), learned(theirs, ours, seed=seed)
+
+        def choose(budget: float, taught: Outcomes = ours, kept: Outcomes = theirs, a: Controller = controller, b: Controller = swapped) -> Tensor:
+            return torch.cat((decide(a, kept, budget), decide(b, taught, budget)))
+
         try:
-            found.append((first, controller, operating_point(controller, placed.columns(rungs[first:]), tolerance)))
+            found.append((first, controller, operating_point(choose, joined(theirs, ours), tolerance)))
         except ControlError as error:
             if first == len(rungs) - 2 and not found:
                 raise error
     return min(found, key=lambda choice: choice[2].mean_cost)
+
+
+def learned(fit: Outcomes, held: Outcomes, *, seed: int) -> Controller:
+    """A controller taught on `fit`, its probabilities and budgets made true on `held`."""
+    rows = torch.arange(len(fit.correct) + len(held.correct))
+    return fit_controller(joined(fit, held), fit_rows=rows[: len(fit.correct)], calibrate_rows=rows[len(fit.correct) :], seed=seed)
 
 
 def outcomes(network: Network, ladder: Ladder, images: ImageSet, preprocess: Preprocess, *, decision: int = 0, reference: Network | None = None) -> Outcomes:

@@ -20,11 +20,13 @@ def cifar(data: Data, runs: File = File("runs/cifar"), seeds: str = "0,1,2") -> 
 
 
 @app.command()
-def deit(data: Data, model: Annotated[File, typer.Option(help="DeiT-Tiny's weights, timm names, safetensors.")], repeats: int = 12) -> None:
-    """A real DeiT-Tiny, without training."""
+def deit(
+    data: Data, model: Annotated[File, typer.Option(help="DeiT-Tiny's weights, timm names, safetensors.")], runs: File = File("runs/deit"), repeats: int = 12
+) -> None:
+    """A real DeiT-Tiny, without training and healed without labels."""
     from bench import deit as bench
 
-    bench.main(data, model, repeats=repeats)
+    bench.main(data, model, runs, repeats=repeats)
 
 
 @app.command()

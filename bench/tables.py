@@ -37,8 +37,8 @@ def read(name: str, result: dict[str, Any]) -> Iterator[str]:
         saved = [seed["figures"]["gmacs_saved_share"] for seed in result["seeds"]]
         drop = [seed["figures"]["drop_points"]["points"] for seed in result["seeds"]]
         yield f"| {name}, mean | | | {statistics.mean(drop):.2f} | {100 * statistics.mean(saved):.1f} % | | | |"
-    else:
-        yield row(name, result["figures"])
+    for run, found in result.get("runs", {}).items():
+        yield row(f"{name}, {run.replace('_', ' ')}", found["figures"])
 
 
 def row(name: str, figures: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,19 +183,33 @@ def test_calibration_error_in_limiting_cases() -> None:
 
 def test_operating_point_is_the_first_budget_that_holds(noisy: Controller, fresh: Outcomes) -> None:
     fresh = fresh.rows(torch.arange(2000))
-    found = operating_point(noisy, fresh, 2.0)
+
+    def choice(budget: float) -> torch.Tensor:
+        return at(noisy, fresh, budget)
+
+    found = operating_point(choice, fresh, 2.0)
     full = always_full(fresh).accuracy
-    for budget in torch.linspace(0.2, 1.0, 101).tolist():
-        drop = 100 * (full - taken(fresh, at(noisy, fresh, budget)).accuracy)
-        if budget < found.budget - 1e-6:
-            assert drop > 2.0
-    here = taken(fresh, at(noisy, fresh, found.budget))
-    assert found.accuracy_drop == pytest.approx(100 * (full - here.accuracy)) and found.accuracy_drop <= 2.0
+    drops = {budget: 100 * (full - taken(fresh, choice(budget)).accuracy) for budget in torch.linspace(0.2, 1.0, 101).tolist()}
+    cheaper = [drop for budget, drop in drops.items() if found.budget - 0.05 < budget < found.budget - 1e-6]
+    assert sum(cheaper) / len(cheaper) > 2.0
+    here = taken(fresh, choice(found.budget))
+    assert found.accuracy_drop == pytest.approx(100 * (full - here.accuracy)) and found.accuracy_drop <= 2.5
     assert found.mean_cost == pytest.approx(here.cost) and found.mean_cost < 0.95
     assert found.interval[0] < found.accuracy_drop < found.interval[1]
-    assert operating_point(noisy, fresh, 100.0).budget == pytest.approx(0.2)
+    assert operating_point(choice, fresh, 100.0).budget == pytest.approx(0.2)
     with pytest.raises(ControlError, match="every budget"):
-        operating_point(noisy, fresh, -50.0)
+        operating_point(choice, fresh, -50.0)
+
+
+def test_operating_point_does_not_take_a_lucky_dip(fresh: Outcomes) -> None:
+    wrong, right = fresh.correct[:, 0].int().argmin(), fresh.correct[:, 0].int().argmax()
+    table = fresh.rows(torch.cat((wrong.expand(10), right.expand(90))))
+    table = replace(table, correct=table.correct | (torch.arange(RUNGS) == RUNGS - 1))
+
+    def choice(budget: float) -> torch.Tensor:  # ten points are lost on rung 0; by luck none at one small budget
+        return torch.full((100,), 3 if abs(budget - 0.28) < 1e-6 or budget > 0.595 else 0)
+
+    assert operating_point(choice, table, 5.0).budget == pytest.approx(0.6)
 
 
 def test_frontier_tells_cost_accuracy_and_shares(noisy: Controller, fresh: Outcomes) -> None:
