@@ -103,6 +103,7 @@ def adapt(
     data: Data,
     to: Annotated[File, typer.Option("--out", help="Where the bundle goes.")] = File("adapted"),
     tolerance: Annotated[float | None, typer.Option(help="Percentage points of accuracy that may be lost.")] = None,
+    confidence: Annotated[float | None, typer.Option(help="With which the tolerance is to be certified, such as 0.9, on images kept for that alone.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs of teaching the paths; 0 adapts without training.")] = None,
     plan: Annotated[File | None, typer.Option(help="A plan in TOML; the options above come on top of it.")] = None,
     timm_name: Annotated[str | None, typer.Option(help="The timm model that a .safetensors file belongs to.")] = None,
@@ -119,7 +120,7 @@ def adapt(
 
     compiler = verbs.backend(backend)  # a wrong word is refused before anything is trained
     wanted = Plan() if plan is None else read_plan(plan)
-    changes = {name: value for name, value in (("tolerance", tolerance), ("epochs", epochs)) if value is not None}
+    changes = {name: value for name, value in (("tolerance", tolerance), ("confidence", confidence), ("epochs", epochs)) if value is not None}
     wanted = replace(wanted, **changes)
     source: Any = model
     images: Any = data

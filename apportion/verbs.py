@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion import methods
-from apportion.control import Controller, OperatingPoint, candidates, choose_rungs, decide, fit_controller, frontier, operating_point
+from apportion.control import Certificate, Controller, OperatingPoint, candidates, certify, choose_rungs, decide, fit_controller, frontier, operating_point
 from apportion.control.complexity import Complexity
 from apportion.control.policy import Policy
 from apportion.deliver.adapted import Adapted, load
@@ -31,6 +31,7 @@ from apportion.vocab import Ladder, Outcomes, Plan
 Tell = Callable[[str], None]
 BATCH = 100  # rows at a time while tables are measured
 CONTROL_ROWS = 4000  # images that control learns from and is placed on, where all are free for it
+CERTIFIED_BUDGETS = 9  # tested one after the other, from the full path's down to the one that was placed
 TRIAL_ROWS = 500  # on which every candidate path is tried; the chosen few are measured on all rows
 
 
@@ -40,16 +41,20 @@ def silent(text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Disjoint images for each purpose: to teach the network, to teach the controller, to place it, and to report on, once."""
+    """Disjoint images for each purpose: to teach the network, to teach the controller, to place it, to report on, once, and to certify the tolerance on."""
 
     teach: ImageSet | None
     decide: ImageSet
     place: ImageSet
     report: ImageSet
+    certify: ImageSet | None = None  # for a plan that asks for confidence
 
     @classmethod
-    def read(cls, data: str | File, *, seed: int, teach: bool = True, tell: Tell = silent) -> Parts:
-        """The test images are for the report; of the others a fifth is held out for control, or where nothing is taught all, as far as CONTROL_ROWS goes."""
+    def read(cls, data: str | File, *, seed: int, teach: bool = True, certify: bool = False, tell: Tell = silent) -> Parts:
+        """The test images are for the report; of the others a fifth is held out for control, or where nothing is taught all, as far as CONTROL_ROWS goes.
+
+        Of what is held out half certifies where that is asked for.
+        """
 
         def skip(file: str, why: str) -> None:
             tell(f"left out {file}: {why}")
@@ -58,8 +63,9 @@ class Parts:
             taught, held = read_images(data, split="train", on_skip=skip).split(0.2, seed=seed)
         else:
             taught, held = None, read_images(data, split="train", limit=CONTROL_ROWS, on_skip=skip)
+        held, kept = held.split(0.5, seed=seed + 1) if certify else (held, None)
         decide, place = held.split(0.5, seed=seed)
-        return cls(taught, decide, place, read_images(data, split="test", on_skip=skip))
+        return cls(taught, decide, place, read_images(data, split="test", on_skip=skip), kept)
 
 
 def adapt(
@@ -67,6 +73,7 @@ def adapt(
     data: str | File | Parts,
     *,
     tolerance: float | None = None,
+    confidence: float | None = None,
     plan: Plan | None = None,
     out: str | File | None = None,
     timm_name: str | None = None,
@@ -79,15 +86,17 @@ def adapt(
 ) -> Weighed:
     """Read a trained model, make it adapt its compute to each input, weigh the result and, with `out`, write the bundle and its report there.
 
-    `tolerance` is in percentage points of accuracy (of agreement with the model, where the data has no labels). Raises the errors of the rooms it visits:
-    Refused for a model that cannot be read exactly, DataError for data, ControlError where no budget holds the tolerance.
+    `tolerance` is in percentage points of accuracy (of agreement with the model, where the data has no labels); with `confidence`, such as 0.9, it is certified
+    on images that nothing else saw. Raises the errors of the rooms it visits: Refused for a model that cannot be read exactly, DataError for data,
+    ControlError where no budget holds the tolerance, or the images are too few to certify it.
     """
     plan = plan or Plan()
     plan = plan if tolerance is None else replace(plan, tolerance=tolerance)
+    plan = plan if confidence is None else replace(plan, confidence=confidence)
     tell(f"reading {model if not isinstance(model, nn.Module) else type(model).__name__}")
     source = read_model(model, timm_name=timm_name, random=random, preprocess=preprocess)
-    parts = data if isinstance(data, Parts) else Parts.read(data, seed=plan.seed, teach=plan.epochs > 0, tell=tell)
-    for images in (parts.decide, parts.place, parts.report):
+    parts = data if isinstance(data, Parts) else Parts.read(data, seed=plan.seed, teach=plan.epochs > 0, certify=plan.confidence > 0, tell=tell)
+    for images in (parts.decide, parts.place, parts.report, *((parts.certify,) if parts.certify else ())):
         images.check(source.network.architecture.classes)
     reference = copy.deepcopy(source.network).eval().requires_grad_(False)
     taught = prepare(source.network, parts, source.preprocess, plan, folder=None if out is None else File(out) / "training", tell=tell)
@@ -159,8 +168,12 @@ def control(
     first, controller, point = settle(fitted, placed, plan.tolerance - lost, seed=plan.seed)
     ladder = Ladder(ladder.paths[first:], plan.glance)
     tell(f"operating at {point.mean_cost:.3f} of the full path, on {len(ladder.paths)} paths")
+    certificate = None
+    if plan.confidence > 0:
+        certificate = certified(network, reference, ladder, controller, parts, source.preprocess, plan, least=point.budget)
+        tell(f"certified at {certificate.mean_cost:.3f} of the full path: at most {plan.tolerance:g} points lost, with confidence {plan.confidence:g}")
     gmacs = rung_gmacs(network, ladder, controller)
-    seen = measured(parts.report)
+    seen = outcomes(network, ladder, parts.report, source.preprocess, decision=controller.macs, reference=reference)
     accuracy = seen.correct.double().mean(0).tolist()
     bundle = Bundle(
         network=network,
@@ -168,18 +181,37 @@ def control(
         controller=controller,
         preprocess=source.preprocess,
         plan=plan,
-        budget=point.budget,
+        budget=point.budget if certificate is None else certificate.budget,
         rungs=tuple(Rung(g, a) for g, a in zip(gmacs, accuracy, strict=True)),
         frontier=tuple(frontier(controller, seen, torch.linspace(gmacs[0] / gmacs[-1] + 1e-3, 1.0, 12).tolist())),
         dense_gmacs=reference.macs(reference.space.full) / 1e9,
         classes=named(tuple(source.classes or parts.report.classes), network.architecture.classes),
+        certificate=certificate,
         provenance={
             "source": source.provenance,
             "made_on": device(),
-            "rows": {"decide": len(parts.decide), "place": len(parts.place), "report": len(parts.report)},
+            "rows": {"decide": len(parts.decide), "place": len(parts.place), "report": len(parts.report), "certify": len(parts.certify or ())},
         },
     )
     return Adapted(bundle, backend=backend, buckets=buckets), seen
+
+
+def certified(
+    network: Network, reference: Network, ladder: Ladder, controller: Controller, parts: Parts, preprocess: Preprocess, plan: Plan, *, least: float
+) -> Certificate:
+    """The cheapest budget from `least` on at which the drop against `reference` is certified; PlanError where there are no images for it."""
+    if parts.certify is None:
+        raise PlanError(f"confidence {plan.confidence:g} and no images to certify on", wanted="images that nothing else saw", do="Give Parts some.")
+    table = outcomes(network, ladder, parts.certify, preprocess, decision=controller.macs, reference=reference)
+    before = outcomes(reference, Ladder((reference.space.full,), 0), parts.certify, preprocess).correct[:, 0]
+    return certify(
+        lambda budget: decide(controller, table, budget),
+        table,
+        tolerance_points=plan.tolerance,
+        budgets=torch.linspace(least, float(table.cost[-1]), CERTIFIED_BUDGETS).tolist(),
+        delta=1 - plan.confidence,
+        reference=before,
+    )
 
 
 def settle(fitted: Outcomes, placed: Outcomes, tolerance: float, *, seed: int) -> tuple[int, Controller, OperatingPoint]:

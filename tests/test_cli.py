@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from apportion import cli, verbs
 from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.bundle import save
-from apportion.errors import DataError
+from apportion.errors import ControlError, DataError
 from apportion.intake import Preprocess, _torchvision, read_images
 from apportion.network import Architecture, Network
 from apportion.vocab import Plan
@@ -248,6 +248,20 @@ def test_without_labels_right_is_what_the_dense_model_says(tmp_path: File) -> No
     inputs = torch.cat([batch for batch, _ in images.batches(100, weighed.adapted.bundle.preprocess)])
     answers = weighed.adapted.bundle.network(inputs, full.paths[-1]).argmax(-1)
     assert torch.equal(table.correct[:, -1], answers == other(inputs, other.space.full).argmax(-1))
+
+
+@pytest.mark.slow
+def test_a_certified_tolerance_is_kept_with_the_model_or_refused_with_what_it_takes(tmp_path: File) -> None:
+    data, out = painted(tmp_path / "data", 80, labels=True), tmp_path / "out"
+    weighed = eager(small(), data, out, plan=Plan(rungs=3, tolerance=60.0, glance=1, confidence=0.9))
+    certificate = load(out, backend="eager").bundle.certificate
+    assert certificate is not None and certificate == weighed.adapted.bundle.certificate
+    assert (certificate.tolerance_points, certificate.confidence) == (60.0, 0.9) and certificate.budget == weighed.adapted.bundle.budget
+    used = weighed.adapted.bundle.provenance["rows"]
+    assert certificate.rows == used["certify"] and sum(used.values()) == 240  # every picture once
+    assert "Certified: at most 60 points" in (out / "report.html").read_text()
+    with pytest.raises(ControlError, match="would do|buy the full path"):
+        eager(small(), data, plan=Plan(rungs=3, tolerance=0.5, glance=1, confidence=0.9))
 
 
 @pytest.mark.slow

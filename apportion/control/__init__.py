@@ -1,7 +1,25 @@
 """Deciding: how much compute an input needs, learned from tables of outcomes alone; no network is ever seen here."""
 
+from apportion.control.bounds import Bounds, acceptable_chance, bounds
 from apportion.control.controller import Controller, fit_controller
+from apportion.control.guarantee import Certificate, certify
 from apportion.control.ladder import candidates, choose_rungs
 from apportion.control.operate import OperatingPoint, adaptive_gain, collapse, decide, frontier, operating_point
 
-__all__ = ["Controller", "OperatingPoint", "adaptive_gain", "candidates", "choose_rungs", "collapse", "decide", "fit_controller", "frontier", "operating_point"]
+__all__ = [
+    "Bounds",
+    "Certificate",
+    "Controller",
+    "OperatingPoint",
+    "acceptable_chance",
+    "adaptive_gain",
+    "bounds",
+    "candidates",
+    "certify",
+    "choose_rungs",
+    "collapse",
+    "decide",
+    "fit_controller",
+    "frontier",
+    "operating_point",
+]

@@ -26,7 +26,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as pack_tensors
 from torch import nn
 
-from apportion.control import Controller
+from apportion.control import Certificate, Controller
 from apportion.errors import ApportionError, BundleError, PlanError
 from apportion.files import write_atomic, write_json
 from apportion.intake import Preprocess
@@ -68,6 +68,7 @@ class Served:
     frontier: tuple[Reached, ...]
     dense_gmacs: float
     classes: tuple[str, ...]
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ class Bundle:
     frontier: tuple[Mapping[str, Any], ...]  # the controller over its budgets: budget, cost, accuracy, share of inputs on each rung
     dense_gmacs: float  # of the network that was read, without any decision
     classes: tuple[str, ...] = ()
+    certificate: Certificate | None = None  # where a confidence was asked for
     costs: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -123,6 +125,7 @@ def save(bundle: Bundle, folder: File, *, extra: Mapping[str, str] | None = None
         frontier=tuple(Reached(**point) for point in bundle.frontier),
         dense_gmacs=bundle.dense_gmacs,
         classes=bundle.classes,
+        certificate=bundle.certificate,
     )
     contents = (tomli_w.dumps(_plain(asdict(settings))).encode(), _pack(bundle.network), _pack(bundle.controller), _json(asdict(served)))
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in zip(CORE, contents, strict=True)}
@@ -162,6 +165,7 @@ def load(folder: File) -> Bundle:
         frontier=tuple(asdict(point) for point in served.frontier),
         dense_gmacs=served.dense_gmacs,
         classes=served.classes,
+        certificate=served.certificate,
         costs={file.stem: _table(file, digests) for file in _tables(folder)},
         provenance=provenance,
     )
@@ -288,7 +292,7 @@ def _json(data: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, as TOML wants them."""
+    """Tuples as lists, and None left out, as TOML wants them."""
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: _plain(entry) for key, entry in value.items() if entry is not None}
     return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value

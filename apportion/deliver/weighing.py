@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apportion.control import adaptive_gain, collapse, decide
+from apportion.control import acceptable_chance, adaptive_gain, bounds, collapse, decide
 from apportion.control.rules import confidence_cascade, oracle, random_at, static_hull
 from apportion.deliver.adapted import Adapted
 from apportion.deliver.bundle import Bundle
@@ -23,11 +24,12 @@ from apportion.measure.latency import Timing, interleaved, ratio, realisation_ra
 from apportion.measure.memory import peak_bytes
 from apportion.measure.pictures import Point, merge_map
 from apportion.measure.quality import mcnemar, paired_drop, wilson
-from apportion.measure.report import PathRow, Picture, Report, Summary, render, report_dict
+from apportion.measure.report import Decision, PathRow, Picture, Report, Summary, render, report_dict
 from apportion.network import Network
 from apportion.vocab import Outcomes
 
 Tell = Callable[[str], None]
+BINS = 10
 SHOWN = 6  # pictures in each group
 
 
@@ -107,8 +109,17 @@ def judged(bundle: Bundle, seen: Outcomes, choice: Tensor, dense_correct: Tensor
         "adaptive_gain_points": dict(zip(("value", "low", "high"), adaptive_gain(seen, choice), strict=True)),
         "share": _share(choice, len(bundle.rungs)),
         "collapse": collapse(choice, rungs=len(bundle.rungs))._asdict(),
+        "bounds": standing(bundle, seen, choice),
+        "certificate": None if bundle.certificate is None else asdict(bundle.certificate),
         "mcnemar_p": mcnemar(dense_correct.numpy(), correct.numpy()),
     }
+
+
+def standing(bundle: Bundle, seen: Outcomes, choice: Tensor) -> dict[str, Any]:
+    """The controller between its bounds, on these inputs; `hull` is None where no mix of paths is as accurate."""
+    found = bounds(seen, acceptable_chance(bundle.controller.complexity(seen.signal)), choice)
+    plain = {**found._asdict(), "fano": found.fano._asdict()}
+    return {name: None if value == math.inf else value for name, value in plain.items()}
 
 
 def timed(adapted: Adapted, dense: Network, sample: Tensor, batch: int, *, repeats: int, tell: Tell) -> dict[str, Timing]:
@@ -193,7 +204,7 @@ def page(
         for k, (path, rung) in enumerate(zip(bundle.ladder.paths, bundle.rungs, strict=True))
     )
     shares = {f"{place['budget']:.2f}x": tuple(place["share"]) for place in bundle.frontier[::3]}
-    drop, gain = figures["drop_points"], figures["adaptive_gain_points"]
+    drop, gain, certificate = figures["drop_points"], figures["adaptive_gain_points"], bundle.certificate
     against = "the labels" if images.labels is not None else "the dense model's answers"
     notes = (
         f"Accuracy is against {against} on {n} inputs that nothing was fitted on. "
@@ -202,6 +213,13 @@ def page(
         "GMACs include the glance, its extra head and the controller. Milliseconds are medians per input, in turn with the dense model compiled alike.",
         "Peak is of activations, weights apart. The glance runs on the whole batch at full width: at the same batch, the peak falls only with what follows.",
     )
+    if certificate is not None:
+        notes += (
+            f"Certified: at most {certificate.tolerance_points:g} points are lost against the dense model, with confidence {certificate.confidence:g}, on"
+            f" inputs like the {certificate.rows} that were kept for this alone (drop there {certificate.drop_points:.2f} points).",
+        )
+    else:
+        notes += ("The tolerance held on the images that placed the operating point; it was not certified: ask with a confidence.",)
     if figures["slower_than_dense"]:
         notes += (f"Slower than dense here although cheaper: {'; '.join(figures['slower_than_dense'])}.",)
     conditions = {**{key: value for key, value in device().items() if isinstance(value, str | int | float)}, "dtype": "float32", "back-end": adapted.backend}
@@ -211,9 +229,25 @@ def page(
         paths=rows,
         points=tuple(points),
         shares={f"operating point ({bundle.budget:.2f}x)": tuple(figures["share"]), **shares},
+        decision=decision(bundle, seen, figures["bounds"]),
         pictures=tuple(pictures(adapted, images, seen, choice)),
         notes=notes,
         conditions=conditions,
+    )
+
+
+def decision(bundle: Bundle, seen: Outcomes, found: Mapping[str, Any]) -> Decision:
+    """What the controller believed of these inputs, and what came of it."""
+    said = bundle.controller.complexity(seen.signal)
+    bins = (said * BINS).long().clamp(0, BINS - 1).flatten()
+    kept = [(bins == number).nonzero()[:, 0] for number in range(BINS)]
+    choice = decide(bundle.controller, seen, bundle.budget)
+    tenths = said[:, 0].argsort(descending=True).tensor_split(BINS)
+    costs = {"oracle": found["oracle"], "information bound (estimate)": found["information"], "this model": found["cost"], "hull, as accurate": found["hull"]}
+    return Decision(
+        tuple((float(said.flatten()[rows].mean()), float(seen.correct.flatten()[rows].double().mean()), len(rows)) for rows in kept if len(rows)),
+        tuple(tuple(_share(choice[rows], len(bundle.rungs))) for rows in tenths if len(rows)),
+        {name: cost for name, cost in costs.items() if cost is not None},
     )
 
 

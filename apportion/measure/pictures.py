@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,9 +96,56 @@ def tradeoff(points: Sequence[Point], *, unit: Literal["gmacs", "latency_ms"], a
         axes.xaxis.set_major_locator(MaxNLocator(7))
         axes.yaxis.set_major_locator(MaxNLocator(7))
         figure.legend(reverse=True, loc="outside lower center", ncols=2, frameon=False, fontsize=10, handlelength=2.6, labelspacing=0.45)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return _inline(out.getvalue(), title=title, tips=tips)
+        return _inline(_svg(figure), title=title, tips=tips)
+
+
+def reliability(bins: Sequence[tuple[float, float, int]], *, title: str) -> str:
+    """What was promised against what came true, as an `<svg>` element: one disc for each bin (stated chance, observed share, samples), area by samples.
+
+    After the reliability diagrams of Guo et al., 2017 (arXiv 1706.04599).
+    """
+    most = max(count for *_, count in bins)
+    tips: dict[str, str] = {}
+    with matplotlib.rc_context(_CANVAS):
+        figure, axes = _square()
+        axes.plot([0, 100], [0, 100], color="#6B7280", ls=(0, (5, 3)), lw=1.4)
+        for number, (said, seen, count) in enumerate(bins):
+            gid = f"bin-{number}"
+            axes.plot([100 * said], [100 * seen], "o", ms=4 + 16 * (count / most) ** 0.5, color="#0072B2", alpha=0.75, mec="white", gid=gid)
+            tips[gid] = f"said {100 * said:.1f} %, right {100 * seen:.1f} % of {count}"
+        axes.set(xlim=(-2, 102), ylim=(-2, 102), xlabel="stated chance of being right, %", ylabel="right, %")
+        return _inline(_svg(figure), title=title, tips=tips)
+
+
+def standing(costs: Mapping[str, float], *, title: str) -> str:
+    """Mean costs as shares of the full path on one line each, dearest on top, as an `<svg>` element."""
+    tips: dict[str, str] = {}
+    with matplotlib.rc_context(_CANVAS):
+        figure, axes = _square()
+        for row, (name, cost) in enumerate(costs.items()):
+            ours, gid = name == "this model", f"cost-{row}"
+            axes.plot([0, 100 * cost], [row, row], color="#0072B2" if ours else "#D1D5DB", lw=2.6 if ours else 1.6)
+            axes.plot([100 * cost], [row], "o", ms=9, color="#0072B2" if ours else "#6B7280", gid=gid)
+            axes.annotate(f"{100 * cost:.1f} %", (100 * cost, row), textcoords="offset points", xytext=(0, 9), ha="center", fontsize=10)
+            tips[gid] = f"{name}: {100 * cost:.2f} % of the full path"
+        axes.set_yticks(range(len(costs)), labels=list(costs))
+        axes.set(xlim=(0, 110), ylim=(-0.6, len(costs) - 0.4), xlabel="mean cost, % of the full path")
+        return _inline(_svg(figure), title=title, tips=tips)
+
+
+def _square() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(color="#E5E7EB", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=6)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return out.getvalue()
 
 
 def _beside(axes: Axes, point: Point, cost: float, colour: str) -> None:

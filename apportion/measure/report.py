@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from apportion.errors import DataError
 from apportion.files import write_atomic
-from apportion.measure.pictures import Image, Point, check, png, tradeoff
+from apportion.measure.pictures import Image, Point, check, png, reliability, standing, tradeoff
 
 Text = str | int | float | bool | None
 
@@ -54,6 +54,16 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Decision:
+    """How the controller decides: (stated chance, observed share, samples) of its promises, the share of each path among inputs from those it holds
+    easiest to those it holds hardest (equal parts), and its mean cost between what no controller can beat and what needs none, as shares of the full path."""
+
+    reliability: tuple[tuple[float, float, int], ...]
+    by_complexity: tuple[tuple[float, ...], ...]
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """All that the page shows. Raises DataError, naming the entry, on a number that is not finite or parts that do not fit together.
 
@@ -66,6 +76,7 @@ class Report:
     paths: tuple[PathRow, ...]
     points: tuple[Point, ...]
     shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    decision: Decision | None = None
     pictures: tuple[Picture, ...] = ()
     notes: tuple[str, ...] = ()
     conditions: Mapping[str, Text] = field(default_factory=dict)
@@ -128,6 +139,7 @@ def render(report: Report) -> str:
         batches=batches,
         headlines=headlines(report),
         charts=[Markup(svg) for svg in _charts(report, batches[-1])],
+        decisions=[Markup(svg) for svg in _decisions(report.decision)],
         colours=ramp(len(report.paths)),
         groups=[(group, [picture for picture in report.pictures if picture.group == group]) for group in ("easiest", "hardest", "merged")],
         png=png,
@@ -144,6 +156,12 @@ def _charts(report: Report, batch: int) -> Iterator[str]:
             axis=f"ms per input, batch {batch}",
             title="Accuracy in percent against milliseconds per input; numbers are in the tables",
         )
+
+
+def _decisions(decision: Decision | None) -> Iterator[str]:
+    if decision is not None:
+        yield standing(decision.costs, title="Mean cost of this model between its bounds; numbers are on the marks")
+        yield reliability(decision.reliability, title="Observed share of right answers against the stated chance")
 
 
 @dataclass(frozen=True, slots=True)
