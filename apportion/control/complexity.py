@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apportion.control.labels import check_table, folds
+from apportion.control.ordinal import Predictor, cheapest, running_maximum
 from apportion.vocab import Outcomes
 
 HIDDEN = 64
@@ -61,12 +62,11 @@ class Complexity(nn.Module):
 
     def sufficient(self, signal: Tensor) -> Tensor:
         """Chance that some rung up to each one is right: the running maximum, non-decreasing along the ladder, (b, k)."""
-        return self(signal).cummax(1).values
+        return running_maximum(self(signal))
 
     def rung(self, signal: Tensor, *, share: float = 0.95) -> Tensor:
         """The cheapest rung that reaches this share of the best chance: the complexity class that is reported, (b,)."""
-        chance = self.sufficient(signal)
-        return (chance >= share * chance[:, -1:]).int().argmax(1)
+        return cheapest(self.sufficient(signal), share=share)
 
 
 def fit_complexity(outcomes: Outcomes, *, seed: int, epochs: int = 60, under_weight: float = 1.0) -> Complexity:
@@ -107,7 +107,7 @@ def fit_complexity(outcomes: Outcomes, *, seed: int, epochs: int = 60, under_wei
     return model.requires_grad_(False)
 
 
-def calibrate(complexity: Complexity, outcomes: Outcomes) -> None:
+def calibrate(complexity: Predictor, outcomes: Outcomes) -> None:
     """Set one temperature and a shift for each rung, so that the probabilities are true on these rows, which it was not fitted on."""
     logits, target = complexity.logits(complexity.standardise(outcomes.signal)).detach(), outcomes.correct.float()
     sharpness = torch.zeros((), requires_grad=True)

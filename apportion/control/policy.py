@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apportion.control.complexity import HIDDEN, Complexity
+from apportion.control.complexity import HIDDEN
 from apportion.control.labels import check_table, folds, task_reward
+from apportion.control.ordinal import Predictor
 from apportion.vocab import Outcomes
 
 
@@ -65,7 +66,7 @@ def prices(worth: Tensor, cost: Tensor, budgets: Tensor) -> Tensor:
 
 def fit_policy(
     outcomes: Outcomes,
-    complexity: Complexity,
+    complexity: Predictor,
     *,
     seed: int,
     epochs: int = 30,
