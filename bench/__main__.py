@@ -1,4 +1,4 @@
-"""`python -m bench cifar|deit|tables|all --data FOLDER`: measure again what is committed under `results/`."""
+"""`python -m bench cifar|control|deit|tables|all --data FOLDER`: measure again what is committed under `results/`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ def deit(
     from bench import deit as bench
 
     bench.main(data, model, runs, repeats=repeats)
+
+
+@app.command()
+def control(data: Data, runs: File = File("runs/cifar")) -> None:
+    """Deciding: made-up populations with a known optimum, and the networks that `cifar` trained."""
+    from bench import control as bench
+
+    bench.main(data, runs)
 
 
 @app.command()

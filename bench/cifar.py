@@ -150,5 +150,16 @@ def one(train: ImageSet, held: ImageSet, test: ImageSet, runs: File, seed: int, 
         figures, times = dict(weighed.figures), next(iter(weighed.adapted.bundle.costs.values()))
     else:
         figures, times = judged(bundle, seen, decide(bundle.controller, seen, bundle.budget), dense_correct), None
+    first = verbs.outcomes(begun, Ladder((begun.space.full,), 0), test, PREPROCESS).correct[:, 0]
+    start = judged(bundle, seen, decide(bundle.controller, seen, bundle.budget), first)
+    against = {"accuracy_dense": start["accuracy_dense"], "drop_points": start["drop_points"]}
     rungs = [{"path": path.name, "gmacs": rung.gmacs, "accuracy": rung.accuracy} for path, rung in zip(bundle.ladder.paths, bundle.rungs, strict=True)]
-    return {"seed": seed, "tolerance_reached": reached, "figures": figures, "budgets": budgets, "rungs": rungs, "times": times}
+    return {
+        "seed": seed,
+        "tolerance_reached": reached,
+        "against_the_network_before_healing": against,
+        "figures": figures,
+        "budgets": budgets,
+        "rungs": rungs,
+        "times": times,
+    }
