@@ -18,11 +18,11 @@ from apportion.control.policy import Policy
 from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.bundle import Bundle, Rung
 from apportion.deliver.weighing import Weighed, weigh
-from apportion.engine import Backend
+from apportion.engine import Backend, never_slower
 from apportion.errors import ControlError, DataError, EngineError, PlanError
 from apportion.intake import ImageSet, Preprocess, Source, read_images, read_model
 from apportion.intake.images import decode
-from apportion.measure.doctor import device
+from apportion.measure.doctor import device, fingerprint
 from apportion.measure.outcomes import measure_outcomes
 from apportion.network import Architecture, Network, put, sort_by_importance
 from apportion.train import Images, Recipe, dense, fit, sandwich
@@ -103,6 +103,9 @@ def adapt(
     adapted, seen = control(taught, reference, parts, source, plan, backend=backend, buckets=buckets, tell=tell)
     dense_correct = outcomes(reference, Ladder((reference.space.full,), 0), parts.report, source.preprocess).correct[:, 0]
     weighed = weigh(adapted, reference, parts.report, seen, dense_correct, repeats=repeats, tell=tell)
+    if plan.never_slower and (faster := fast_enough(weighed, tell=tell)) is not None:
+        adapted, seen = control(taught, reference, parts, source, plan, ladder=faster, backend=backend, buckets=buckets, tell=tell)
+        weighed = weigh(adapted, reference, parts.report, seen, dense_correct, repeats=repeats, tell=tell)
     if out is not None:
         weighed.adapted.save(out, extra=weighed.files())
         tell(f"written to {out}")
@@ -144,24 +147,51 @@ def prepare(network: Network, parts: Parts, preprocess: Preprocess, plan: Plan, 
     return network.eval().requires_grad_(False)
 
 
-def control(
-    network: Network, reference: Network, parts: Parts, source: Source, plan: Plan, *, backend: Backend, buckets: Sequence[int], tell: Tell
-) -> tuple[Adapted, Outcomes]:
-    """Choose the paths to serve, learn to decide between them, and find the operating point that holds the tolerance."""
-    trial = parts.decide.rows(range(min(TRIAL_ROWS, len(parts.decide))))
+def fast_enough(weighed: Weighed, *, tell: Tell) -> Ladder | None:
+    """The paths that are faster than the dense model at every batch size timed; None where all are. Raises ControlError where only the full one is left."""
+    bundle = weighed.adapted.bundle
+    table = bundle.costs[fingerprint()]
+    gate = never_slower({int(batch): row for batch, row in table["rungs_ms"].items()}, {int(batch): ms for batch, ms in table["dense_ms"].items()})
+    for dropped in gate.dropped:
+        tell(f"not served, since not faster: {bundle.ladder.paths[dropped.rung].name}, {dropped.reason}")
+    if not gate.adapts:
+        raise ControlError(
+            "no path that is faster than the dense model here: " + "; ".join(dropped.reason for dropped in gate.dropped),
+            wanted="one at most 0.98 times its time at every batch size",
+            do="Serve the dense model on this device, name larger batches alone, or set never_slower = false in the plan.",
+        )
+    return Ladder(tuple(bundle.ladder.paths[rung] for rung in gate.served), bundle.ladder.glance) if gate.dropped else None
+
+
+def choose_ladder(network: Network, reference: Network, images: ImageSet, preprocess: Preprocess, plan: Plan, *, tell: Tell) -> Ladder:
+    """Try every candidate path on some images and keep the few that are worth serving."""
+    trial = images.rows(range(min(TRIAL_ROWS, len(images))))
     every = candidates(network.space, plan.glance)
     tell(f"trying {len(every)} paths on {len(trial)} images")
     tried = sorted(every, key=network.macs)
-    table = outcomes(network, Ladder(tuple(tried), plan.glance), trial, source.preprocess, reference=reference)
+    table = outcomes(network, Ladder(tuple(tried), plan.glance), trial, preprocess, reference=reference)
     chosen = choose_rungs(table.correct.double().mean(0), table.cost, plan.rungs, correct=table.correct)
-    ladder = Ladder(tuple(tried[index] for index in chosen), plan.glance)
+    return Ladder(tuple(tried[index] for index in chosen), plan.glance)
+
+
+def control(
+    network: Network,
+    reference: Network,
+    parts: Parts,
+    source: Source,
+    plan: Plan,
+    *,
+    ladder: Ladder | None = None,
+    backend: Backend,
+    buckets: Sequence[int],
+    tell: Tell,
+) -> tuple[Adapted, Outcomes]:
+    """Choose the paths to serve (where no ladder is given), learn to decide between them, and find the operating point that holds the tolerance."""
+    ladder = ladder or choose_ladder(network, reference, parts.decide, source.preprocess, plan, tell=tell)
     tell(f"learning to decide between {len(ladder.paths)} paths")
-    decision = decision_macs(table.signal.shape[1], len(ladder.paths))
-
-    def measured(images: ImageSet) -> Outcomes:
-        return outcomes(network, ladder, images, source.preprocess, decision=decision, reference=reference)
-
-    fitted, placed = measured(parts.decide), measured(parts.place)
+    one, _ = next(parts.decide.rows([0]).batches(1, source.preprocess))
+    decision = decision_macs(network.glance(ladder.glance)(one)[1].shape[1], len(ladder.paths))
+    fitted, placed = (outcomes(network, ladder, images, source.preprocess, decision=decision, reference=reference) for images in (parts.decide, parts.place))
     # The tolerance is against the model that was read, so what healing gave or took at full counts too.
     before = outcomes(reference, Ladder((reference.space.full,), 0), parts.place, source.preprocess)
     lost = 100 * (before.correct.double().mean() - placed.correct[:, -1].double().mean()).item()

@@ -17,10 +17,11 @@ from typer.testing import CliRunner, Result
 from apportion import cli, verbs
 from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.bundle import save
+from apportion.engine import never_slower
 from apportion.errors import ControlError, DataError
 from apportion.intake import Preprocess, _torchvision, read_images
 from apportion.network import Architecture, Network
-from apportion.vocab import Plan
+from apportion.vocab import Ladder, Plan
 from tests.conftest import shake
 from tests.rooms.test_deliver_bundle import made_up_bundle
 
@@ -199,7 +200,7 @@ def small() -> Network:
 
 
 def eager(model: object, data: File, out: File | None = None, **options: object) -> verbs.Weighed:
-    fixed = {"preprocess": Preprocess(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), "plan": Plan(rungs=3, tolerance=60.0), **options}
+    fixed = {"preprocess": Preprocess(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), "plan": Plan(rungs=3, tolerance=60.0, never_slower=False), **options}
     return verbs.adapt(model, str(data), backend="eager", buckets=(1, 4), repeats=3, out=out, **fixed)  # pyright: ignore
 
 
@@ -236,7 +237,7 @@ def test_the_whole_way(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_without_labels_right_is_what_the_dense_model_says(tmp_path: File) -> None:
     data = painted(tmp_path, 40, labels=False)
-    weighed = eager(small(), data, plan=Plan(rungs=3, tolerance=60.0, glance=1))
+    weighed = eager(small(), data, plan=Plan(rungs=3, tolerance=60.0, glance=1, never_slower=False))
     assert weighed.figures["accuracy_dense"] == 1.0
     assert weighed.adapted.bundle.rungs[-1].accuracy == 1.0  # untaught, the full path is the dense model
     assert weighed.adapted.bundle.classes == ()
@@ -253,15 +254,43 @@ def test_without_labels_right_is_what_the_dense_model_says(tmp_path: File) -> No
 @pytest.mark.slow
 def test_a_certified_tolerance_is_kept_with_the_model_or_refused_with_what_it_takes(tmp_path: File) -> None:
     data, out = painted(tmp_path / "data", 80, labels=True), tmp_path / "out"
-    weighed = eager(small(), data, out, plan=Plan(rungs=3, tolerance=60.0, glance=1, confidence=0.9))
+    weighed = eager(small(), data, out, plan=Plan(rungs=3, tolerance=60.0, glance=1, confidence=0.9, never_slower=False))
     certificate = load(out, backend="eager").bundle.certificate
     assert certificate is not None and certificate == weighed.adapted.bundle.certificate
     assert (certificate.tolerance_points, certificate.confidence) == (60.0, 0.9) and certificate.budget == weighed.adapted.bundle.budget
     used = weighed.adapted.bundle.provenance["rows"]
     assert certificate.rows == used["certify"] and sum(used.values()) == 240  # every picture once
     assert "Certified: at most 60 points" in (out / "report.html").read_text()
-    with pytest.raises(ControlError, match="would do|buy the full path"):
+    with pytest.raises(ControlError, match=r"would do|buy the full path"):
         eager(small(), data, plan=Plan(rungs=3, tolerance=0.5, glance=1, confidence=0.9))
+
+
+@pytest.mark.slow
+def test_a_path_that_is_not_faster_here_is_not_served(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, told = painted(tmp_path, 40, labels=True), list[str]()
+    real, slowed = verbs.weigh, list[str]()
+
+    def weigh(adapted: Adapted, *rest: object, **options: object) -> verbs.Weighed:
+        """As measured, but the first run finds one path slow and the others quick."""
+        weighed = real(adapted, *rest, **options)  # pyright: ignore
+        bundle = weighed.adapted.bundle
+        slow = 1 if not slowed else -1
+        slowed.append(bundle.ladder.paths[slow].name)
+        times = {"dense_ms": {"1": 10.0, "4": 10.0}, "rungs_ms": {key: [20.0 if k == slow else 5.0 for k in range(len(bundle.rungs))] for key in ("1", "4")}}
+        costs = {device: {**table, **times} for device, table in bundle.costs.items()}
+        return replace(weighed, adapted=Adapted(replace(bundle, costs=costs), backend="eager", buckets=(1, 4), engine=weighed.adapted.engine))
+
+    def exits(network: Network, *rest: object, **options: object) -> Ladder:
+        return Ladder(tuple(network.space.path(blocks=range(depth)) for depth in (1, 2, 3)), 1)
+
+    monkeypatch.setattr(verbs, "weigh", weigh)
+    monkeypatch.setattr(verbs, "choose_ladder", exits)
+    weighed = eager(small(), data, plan=Plan(rungs=4, tolerance=100.0, glance=1), tell=told.append)
+    assert len(slowed) == 2 and any(slowed[0] in text and text.startswith("not served") for text in told)
+    assert slowed[0] not in [path.name for path in weighed.adapted.bundle.ladder.paths]
+    monkeypatch.setattr(verbs, "never_slower", lambda times, dense: never_slower(times, dense, limit=0.01))
+    with pytest.raises(ControlError, match="no path that is faster"):
+        verbs.fast_enough(weighed, tell=told.append)
 
 
 @pytest.mark.slow

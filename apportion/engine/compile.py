@@ -1,11 +1,11 @@
-"""The one file that knows the compiler: a module and one example become one whole static graph, or an error."""
+"""A module and one example become one whole static graph, or an error; the one file that knows torch's compiler."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from pathlib import Path as File
 from types import FunctionType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,43 +13,49 @@ from torch._dynamo import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor import config as inductor
 
-from apportion.errors import EngineError
+from apportion.engine.exported import Runtime, exported
+from apportion.engine.graph import Backend, Graph, check_backend, not_whole, serving, unbuilt
+from apportion.engine.onnxruntime import OnnxRuntime
+from apportion.engine.openvino import OpenVINO
+from apportion.errors import NoEffect
 
-Backend = Literal["inductor", "eager"]
-Graph = Callable[..., Any]
-
-
-def check_backend(backend: str) -> None:
-    """Raises EngineError where nothing here goes by that name."""
-    if backend not in get_args(Backend):
-        raise EngineError(f"backend {backend!r}", wanted=f"one of {get_args(Backend)}", do="Name one of these.")
+RUNTIMES: dict[Backend, Callable[[], Runtime]] = {"openvino": OpenVINO, "onnxruntime": OnnxRuntime}
 
 
-@contextmanager
-def serving() -> Iterator[None]:
-    """The state in which graphs are built and run: no gradients, and no inference mode either, because tensors made in it fit no graph made outside."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def build(module: nn.Module, example: tuple[Any, ...], *, backend: Backend, name: str) -> Graph:
+def build(module: nn.Module, example: tuple[Any, ...], *, backend: Backend, name: str, cache: File | None = None) -> Graph:
     """Compile `module` for the shapes, strides and types of `example`, run it once, and seal it.
 
     With "inductor" the weights are frozen: packed into the graph for speed, so each graph holds a copy and later changes of a weight are not seen.
+    "openvino" and "onnxruntime" hold a copy as well, and run in float32 on a CPU; `cache` is a folder that keeps what they converted for the next start.
     "eager" runs the captured graph operator by operator; it starts at once, keeps no copy, and is bound by the same rules.
     The module is put into eval mode. Call the result under `serving()`. Cost, for six blocks on two cores: 6 to 15 s with "inductor", 0.3 s with "eager".
 
-    Raises EngineError for an unknown backend, for a module that is not exactly one graph, and, from the result, for a call that would need another graph.
+    Raises EngineError for an unknown or missing backend, for a module that is not exactly one graph, and, from the result, for a call that would need
+    another graph; NoEffect for a cache that the back-end would not use (torch keeps no graph with frozen weights).
     """
     check_backend(backend)
+    module.eval()
+    if backend in RUNTIMES:
+        return exported(module, example, runtime=RUNTIMES[backend](), name=name, cache=cache)
+    if cache is not None:
+        raise NoEffect(f"a cache for {backend!r}", wanted=f"one of {tuple(RUNTIMES)}", do="Leave the cache out, or choose one of these back-ends.")
+    return compiled(module, example, backend=backend, name=name)
+
+
+def compiled(module: nn.Module, example: tuple[Any, ...], *, backend: Backend, name: str) -> Graph:
+    """`build` by torch's own compiler."""
     compiler = lookup_backend(backend)
-    graphs, sealed = 0, False
+    graphs, sealed, weight_bytes = 0, False, 0
+    freezing = backend == "inductor"
 
     def count(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        nonlocal graphs
+        nonlocal graphs, weight_bytes
         if sealed:
             raise RuntimeError("the graph is sealed")
         graphs += 1
+        if freezing:
+            weights = {id(tensor): tensor.nbytes for tensor in (*module.parameters(), *module.buffers())}
+            weight_bytes = sum(weights.get(key, 0) for key in {id(tensor) for tensor in (*graph.parameters(), *graph.buffers(), *inputs)})
         return compiler(graph, inputs)
 
     def forward(*inputs: Any) -> Any:
@@ -57,35 +63,21 @@ def build(module: nn.Module, example: tuple[Any, ...], *, backend: Backend, name
 
     # The compiler's limits (8 and 256 graphs) count per code object; a code object for each graph keeps any number of modules of one class clear of both.
     own = FunctionType(forward.__code__.replace(co_name=name), globals(), name, None, forward.__closure__)
-    compiled = torch.compile(own, backend=count, fullgraph=True, dynamic=False)
+    call = torch.compile(own, backend=count, fullgraph=True, dynamic=False)
 
     def run(*inputs: Any) -> Any:
         try:
-            return compiled(*inputs)
+            return call(*inputs)
         except TorchDynamoException as error:
-            raise _unbuilt(name) if sealed else _not_whole(name, str(error)) from error
+            raise unbuilt(name) if sealed else not_whole(name, str(error)) from error
 
-    module.eval()
-    with serving(), inductor.patch(freezing=backend == "inductor"):
+    with serving(), inductor.patch(freezing=freezing):
         run(*example)
     if graphs != 1:
-        raise _not_whole(name, f"{graphs} graphs came out")
+        raise not_whole(name, f"{graphs} graphs came out")
     # Sealing, and not a "fail on recompile" stance around each call: a stance belongs to the whole process, and two threads would undo each other's.
     sealed = True
-    return run
+    return Graph(run, weight_bytes)
 
 
-def _unbuilt(name: str) -> EngineError:
-    return EngineError(
-        f"a call that the graph of {name} was not built for",
-        wanted="the shapes, strides and types of the build, under serving(), with the same number of threads, default dtype and autocast",
-        do="Build it under the conditions in which it serves.",
-    )
-
-
-def _not_whole(name: str, why: str) -> EngineError:
-    return EngineError(
-        f"{name}, which does not compile ({' '.join(why.split())[:400]})",
-        wanted="exactly one whole static graph",
-        do="Keep its forward free of Python that depends on values, and check that the backend works on this machine.",
-    )
+__all__ = ["Backend", "Graph", "build", "check_backend", "serving"]

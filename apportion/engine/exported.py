@@ -1,0 +1,163 @@
+"""Graphs for run times other than torch's: exported whole, converted to a file, loaded from it, held against eager once, and sealed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path as File
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from apportion.engine.graph import Graph, not_whole, serving, unbuilt
+from apportion.errors import EngineError
+
+AGREEMENT = 1e-2
+"""Relative distance to eager, at most, on the example: above rounding (1e-6) and a choice between near equals, below a wrong operator."""
+
+Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+aten = torch.ops.aten
+
+
+class Runtime(Protocol):
+    """What a back-end outside torch has to offer. Weights may lie beside `file`, under the same stem."""
+
+    suffix: str
+    version: str
+
+    def convert(self, program: ExportedProgram, file: File) -> None:
+        """Write the program in the run time's own format. Whatever it raises is reported by the operators that it names."""
+        ...
+
+    def load(self, file: File, *, threads: int) -> Run:
+        """A callable from contiguous tensors to fresh ones, safe in any thread."""
+        ...
+
+
+def missing(package: str) -> EngineError:
+    return EngineError(f"no package {package}", wanted="the extra `export`", do="Run `pip install apportion[export]`, or choose another back-end.")
+
+
+@final
+class Flat(nn.Module):
+    """A module on tensors alone: what else is in its inputs is a constant, what else is in its answer is known from the example."""
+
+    def __init__(self, module: nn.Module, example: tuple[Any, ...]) -> None:
+        super().__init__()
+        leaves, self.takes = pytree.tree_flatten(example)
+        self.module, self.fixed = module, tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        leaves = [next(given) if value is None else value for value in self.fixed]
+        return tuple(leaf for leaf in pytree.tree_leaves(self.module(*pytree.tree_unflatten(leaves, self.takes))) if isinstance(leaf, Tensor))
+
+
+def exported(module: nn.Module, example: tuple[Any, ...], *, runtime: Runtime, name: str, cache: File | None) -> Graph:
+    """`build` by a run time outside torch. What is in `cache` is found again by the exported operators, the weights and the versions: nothing goes stale."""
+    flat = Flat(module, example)
+    tensors = _check(module, example, name)
+    with serving():
+        answer = module(*example)
+        program = capture(flat, tensors, name)
+        with TemporaryDirectory() as folder:
+            file = (File(folder) if cache is None else cache) / f"{digest(program, runtime)}{runtime.suffix}"
+            if not file.exists():
+                _convert(program, file, runtime, name)
+            call = runtime.load(file, threads=torch.get_num_threads())
+            weight_bytes = sum(part.stat().st_size for part in file.parent.glob(f"{file.stem}.*"))
+        _agree(call(tensors), [leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, Tensor)], name)
+    return Graph(_sealed(call, flat, tensors, answer, name), weight_bytes)
+
+
+def capture(flat: Flat, tensors: tuple[Tensor, ...], name: str) -> ExportedProgram:
+    """One whole graph in torch's operators, less those that no run time here reads. Raises EngineError."""
+    try:
+        return torch.export.export(flat, tensors, strict=False).run_decompositions({aten.index_add.default: _index_add})
+    except Exception as error:  # the exporter raises errors of many unrelated classes
+        raise not_whole(name, str(error)) from error
+
+
+def digest(program: ExportedProgram, runtime: Runtime) -> str:
+    """What the converted file depends on: operators with their shapes, weights, and who converts."""
+    found = hashlib.sha256(f"{type(runtime).__name__} {runtime.version} torch {torch.__version__}\n{program}".encode())
+    constants = {key: value for key, value in program.constants.items() if isinstance(value, Tensor)}
+    for key, tensor in sorted({**program.state_dict, **constants}.items()):
+        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _convert(program: ExportedProgram, file: File, runtime: Runtime, name: str) -> None:
+    """Written aside and then renamed, the named file last: a start that was broken off leaves no half of a graph."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=file.parent) as folder:
+        try:
+            runtime.convert(program, File(folder) / file.name)
+        except Exception as error:  # converters raise errors of many unrelated classes
+            raise _unconverted(program, str(error), name) from error
+        for part in sorted(File(folder).iterdir(), key=lambda part: part.name == file.name):
+            part.rename(file.parent / part.name)
+
+
+def _unconverted(program: ExportedProgram, why: str, name: str) -> EngineError:
+    """The error that names the operators, as far as the converter does."""
+    spaces = {node.target.namespace for node in program.graph.nodes if isinstance(node.target, OpOverload)}
+    named = sorted({found.replace("::", ".") for found in re.findall(rf"\b(?:{'|'.join(map(re.escape, spaces))})(?:\.|::)\w+", why)} if spaces else ())
+    return EngineError(
+        f"{name}, of which {', '.join(named) or 'a part'} does not convert ({' '.join(why.split())[-300:]})",
+        wanted="operators that this back-end reads",
+        do="Choose another back-end, or write the method with other operators.",
+    )
+
+
+def _check(module: nn.Module, example: tuple[Any, ...], name: str) -> tuple[Tensor, ...]:
+    tensors = tuple(leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor))
+    for tensor in chain(tensors, module.parameters(), module.buffers()):
+        if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+            raise EngineError(f"{name} in {tensor.dtype} on {tensor.device}", wanted="float32 on a CPU", do="Convert it, or choose the back-end `inductor`.")
+    return tuple(tensor.detach().contiguous() for tensor in tensors)
+
+
+def _agree(found: Sequence[Tensor], wanted: Sequence[Tensor], name: str) -> None:
+    """Raises EngineError where a converted graph is another function than the module."""
+    for ours, theirs in zip(found, wanted, strict=True):
+        far = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-6) if ours.shape == theirs.shape else torch.inf
+        # Whole numbers are indices: one choice between equals moves many of them.
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype or (theirs.is_floating_point() and not far <= AGREEMENT):
+            raise EngineError(
+                f"{name}, whose converted graph gives {tuple(ours.shape)} {ours.dtype}, {float(far):.3g} away from eager",
+                wanted=f"{tuple(theirs.shape)} {theirs.dtype}, within {AGREEMENT}",
+                do="Choose another back-end, and report the operator.",
+            )
+
+
+def _sealed(call: Run, flat: Flat, tensors: tuple[Tensor, ...], answer: Any, name: str) -> Callable[..., Any]:
+    forms = [(tensor.shape, tensor.dtype) for tensor in tensors]
+    leaves, gives = pytree.tree_flatten(answer)
+    constant = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+    def run(*inputs: Any) -> Any:
+        given, takes = pytree.tree_flatten(inputs)
+        rows = [leaf for leaf in given if isinstance(leaf, Tensor)]
+        fixed = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in given)
+        if takes != flat.takes or fixed != flat.fixed or [(row.shape, row.dtype) for row in rows] != forms or torch.is_grad_enabled():
+            raise unbuilt(name)
+        if any(row.device.type != "cpu" for row in rows):
+            raise unbuilt(name)
+        out = iter(call([row.detach().contiguous() for row in rows]))
+        return pytree.tree_unflatten([next(out) if value is None else value for value in constant], gives)
+
+    return run
+
+
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
+    """The same sum in an operator that both run times read."""
+    return aten.index_put(x, [None] * (dim % x.ndim) + [index], source if alpha == 1 else source * alpha, True)

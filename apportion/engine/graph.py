@@ -1,0 +1,55 @@
+"""What every back-end makes of a module and one example, and the state in which all of them run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from apportion.errors import EngineError
+
+Backend = Literal["inductor", "eager", "openvino", "onnxruntime"]
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """One static graph, sealed: a call of another form than the example's raises EngineError."""
+
+    run: Callable[..., Any]
+    weight_bytes: int
+    """What it holds of weights beside the module's own, before a run time pads or packs them: 0 where it shares them."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.run(*inputs)
+
+
+def check_backend(backend: str) -> None:
+    """Raises EngineError where nothing here goes by that name."""
+    if backend not in get_args(Backend):
+        raise EngineError(f"backend {backend!r}", wanted=f"one of {get_args(Backend)}", do="Name one of these.")
+
+
+@contextmanager
+def serving() -> Iterator[None]:
+    """The state in which graphs are built and run: no gradients, and no inference mode either, because tensors made in it fit no graph made outside."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def unbuilt(name: str) -> EngineError:
+    return EngineError(
+        f"a call that the graph of {name} was not built for",
+        wanted="the shapes, strides and types of the build, under serving(), with the same number of threads, default dtype and autocast",
+        do="Build it under the conditions in which it serves.",
+    )
+
+
+def not_whole(name: str, why: str) -> EngineError:
+    return EngineError(
+        f"{name}, which does not compile ({' '.join(why.split())[:400]})",
+        wanted="exactly one whole static graph",
+        do="Keep its forward free of Python that depends on values, and check that the backend works on this machine.",
+    )

@@ -1,0 +1,62 @@
+"""ONNX Runtime on a CPU: the exported program as ONNX, run in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path as File
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from apportion.engine.exported import Run, missing
+
+OPSET = 20  # from 23 on attention is one operator, whose mask onnxruntime 1.31 does not broadcast over queries: merged tokens need that
+aten = torch.ops.aten
+
+
+@final
+class OnnxRuntime:
+    """Raises EngineError where a package is missing."""
+
+    suffix = ".onnx"
+
+    def __init__(self) -> None:
+        try:
+            import onnxruntime
+            import onnxscript
+        except ModuleNotFoundError as error:
+            raise missing(str(error.name)) from error
+        self.version: str = f"{onnxruntime.__version__} onnxscript {onnxscript.__version__} opset {OPSET}"
+
+    def convert(self, program: ExportedProgram, file: File) -> None:
+        plain = program.run_decompositions({aten.sort.stable: _sort, aten.argsort.stable: _argsort})
+        written = torch.onnx.export(plain, dynamo=True, opset_version=OPSET, verbose=False)
+        assert written is not None  # None is the answer of the exporter that dynamo=True replaces
+        written.save(file)
+
+    def load(self, file: File, *, threads: int) -> Run:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        # Each graph has its own threads: those that wait busily would take the cores from the graph that runs next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        names = [entry.name for entry in session.get_inputs()]
+
+        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+            found = session.run(None, dict(zip(names, (tensor.numpy() for tensor in tensors), strict=True)))
+            return [torch.from_numpy(array) for array in found]
+
+        return run
+
+
+def _sort(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """ONNX's TopK puts the lower index first where values are equal: with all of them it is the stable sort that ONNX lacks."""
+    return aten.topk(x, x.shape[dim], dim, descending, True)
+
+
+def _argsort(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Tensor:
+    return _sort(x, stable=stable, dim=dim, descending=descending)[1]
