@@ -13,15 +13,128 @@ from apportion.files import write_atomic
 from bench.results import FOLDER
 
 ROOT = File(__file__).parent.parent
-BEGIN, END = "<!-- results: made by `make docs` -->", "<!-- /results -->"
 
 
 def main() -> None:
-    readme = (ROOT / "README.md").read_text()
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    write_atomic(ROOT / "README.md", f"{before}{BEGIN}\n{results()}\n{END}{after}")
+    fill(ROOT / "README.md", "results", results())
+    fill(ROOT / "docs" / "control.md", "control", deciding())
     write_atomic(ROOT / "docs" / "methods.md", shelf())
+
+
+def fill(page: File, name: str, made: str) -> None:
+    """Exchange what stands between the marks of that name."""
+    begin, end = marks(name)
+    before, rest = page.read_text().split(begin)
+    write_atomic(page, f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}")
+
+
+def marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: made by `make docs` -->", f"<!-- /{name} -->"
+
+
+def deciding() -> str:
+    """Everything in `results/control.json` that a reader of docs/control.md wants, as tables; three seeds side by side."""
+    found = json.loads((FOLDER / "control.json").read_text())
+    made, images = found["planted"], found["images"]
+
+    def table(head: list[str], rows: list[list[str]]) -> list[str]:
+        return ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+    def seeds(values: list[float], form: str) -> str:
+        return ", ".join(format(value, form) for value in values)
+
+    lines = [
+        "## Measured: made-up populations",
+        "",
+        "Three seeds in each entry; 3,000 rows to learn from, 10,000 to weigh on. T1 and T2 are at the controller's own violation.",
+    ]
+    for name in ("clear", "blurred"):
+        rows = []
+        for number, first in enumerate(made[0][name]):
+            here = [seed[name][number] for seed in made]
+            over = [100 * (row["cost"] / row["information_bound"] - 1) for row in here]
+            rows.append(
+                [
+                    f"{first['budget']}",
+                    seeds([row["cost"] for row in here], ".3f"),
+                    seeds([row["oracle_bound"] for row in here], ".3f"),
+                    seeds([row["information_bound"] for row in here], ".3f"),
+                    seeds(over, "+.1f"),
+                    seeds([100 * row["violation"] for row in here], ".1f"),
+                    seeds([row["gain_points"]["low"] for row in here], ".1f"),
+                ]
+            )
+        said = "The signal tells all:" if name == "clear" else "The signal is noisy:"
+        lines += ["", said, *table(["budget", "cost", "T1", "T2", "above T2, %", "lost, points", "above the hull, points, lower end"], rows)]
+    ratios = [[row["ppo_accuracy"] / row["exact_accuracy"] for row in seed["ppo"]] for seed in made]
+    rows = [
+        [
+            f"{first['budget']}",
+            seeds([seed["ppo"][n]["exact_cost"] for seed in made], ".3f"),
+            seeds([seed["ppo"][n]["ppo_cost"] for seed in made], ".3f"),
+            seeds([ratio[n] for ratio in ratios], ".3f"),
+        ]
+        for n, first in enumerate(made[0]["ppo"])
+    ]
+    lines += ["PPO against the exact expectation, one decision:", *table(["budget", "cost, exact", "cost, PPO", "accuracy, PPO over exact"], rows)]
+    lines += ["## Measured: CIFAR-10", "", "The three networks of `python -m bench cifar`, exits after 2 to 6 blocks, 10,000 test images."]
+    rows = [
+        [
+            f"{first['budget']}",
+            seeds([100 * seed["budgets"][n]["budget_error"] for seed in images], "+.1f"),
+            "; ".join(f"{g['value']:.2f} ({g['low']:.2f} to {g['high']:.2f})" for g in (seed["budgets"][n]["gain_points"] for seed in images)),
+            "yes" if all(seed["budgets"][n]["same_in_other_batches"] for seed in images) else "no",
+        ]
+        for n, first in enumerate(images[0]["budgets"])
+    ]
+    lines += table(["budget", "mean cost off budget, %", "above the hull, points", "same in other batches"], rows)
+    rows = [[name, *(seeds([seed["rules"][name][n] for seed in images], ".2f") for n in range(len(first)))] for name, first in images[0]["rules"].items()]
+    lines += ["Points above the hull with one part taken away or exchanged:", *table(["rule", *(str(b["budget"]) for b in images[0]["budgets"])], rows)]
+    rows = []
+    for n, first in enumerate(images[0]["sequential"]):
+        here = [seed["sequential"][n] for seed in images]
+        setting = f"budget {first['budget']}" if "budget" in first else f"margin {first['threshold']}"
+        rows.append([first["rule"], setting, seeds([row["cost"] for row in here], ".3f"), seeds([row["gain_points"] for row in here], ".2f")])
+    lines += ["Deciding at every exit:", *table(["rule", "setting", "cost", "above the hull, points"], rows)]
+    rows = [
+        [
+            f"{row['tolerance_points']}",
+            f"{row['rows']}",
+            "refused" if "refused" in row else f"{row['cost']:.3f}",
+            "" if "refused" in row else f"{row['drop_on_test_points']:.2f}",
+        ]
+        for seed in images
+        for row in seed["certificates"]
+        if "tolerance_points" in row
+    ]
+    lines += [
+        "Certificates at confidence 0.9, each seed in turn:",
+        *table(["tolerance, points", "images", "certified cost", "drop on test images, points"], rows),
+    ]
+    rows = [
+        [
+            row["kind"],
+            str(row.get("strength", "")),
+            f"{row['cost']:.3f}",
+            f"{100 * row['accuracy']:.1f}",
+            f"{100 * row['full']:.1f}" if "full" in row else "",
+            str(row.get("rings_after") or "-"),
+        ]
+        for row in images[0]["shift"]
+    ]
+    lines += [
+        "Corrupted pictures at the 0.6x setting, seed 0, 1,000 images each:",
+        *table(["kind", "strength", "cost", "accuracy, %", "full path, %", "alarm after"], rows),
+    ]
+    rows = [
+        [str(row["cap"] or "none"), f"{row['before']:.3f}", f"{row['random_signs']:.3f}", f"{row['after']:.3f}", str(row["over_cap"])]
+        for seed in images
+        for row in seed["attack"]
+    ]
+    lines += ["Gradient attack within 8/255 at the 0.5x setting:", *table(["cap", "before", "random signs", "attacked", "inputs over the cap"], rows)]
+    rows = [[f"{row['batch']}", f"{100 * row['share_of_full']:.1f} %"] for row in images[0]["overhead"]]
+    lines += ["Time of the decision over the full path's, eager, one thread:", *table(["batch", "share"], rows)]
+    return "\n".join(lines).strip()
 
 
 def results() -> str:

@@ -13,6 +13,11 @@ ROOT = File(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+def between(page: str, name: str) -> str:
+    begin, end = tables.marks(name)
+    return page.split(begin)[1].split(end)[0].strip()
+
+
 def test_every_command_named_exists():
     named = set(re.findall(r"^apportion (\w+)", README, re.MULTILINE))
     known = {command.name or (command.callback.__name__ if command.callback else "") for command in app.registered_commands}
@@ -33,8 +38,11 @@ def test_every_public_name_used_exists():
 
 
 def test_table_of_results_is_made_from_the_results():
-    written = README.split(tables.BEGIN)[1].split(tables.END)[0].strip()
-    assert written == tables.results().strip()
+    assert between(README, "results") == tables.results().strip()
+
+
+def test_page_on_deciding_shows_the_results():
+    assert between((ROOT / "docs" / "control.md").read_text(), "control") == tables.deciding().strip()
 
 
 def test_page_of_methods_is_made_from_the_cards():
