@@ -3,5 +3,6 @@
 from apportion.intake.images import ImageSet, read_images
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.read import Source, read_model
+from apportion.intake.texts import TextSet, Tokenise, read_texts
 
-__all__ = ["ImageSet", "Preprocess", "Source", "read_images", "read_model"]
+__all__ = ["ImageSet", "Preprocess", "Source", "TextSet", "Tokenise", "read_images", "read_model", "read_texts"]

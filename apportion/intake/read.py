@@ -1,4 +1,4 @@
-"""One verb for every trained model: a timm name, a local file of weights, a module in hand, or a network of our own."""
+"""One verb for every trained model: a timm or transformers name, a local file or folder of weights, a module in hand, or a network of our own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as File
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,8 +19,12 @@ from torch import Tensor, nn
 from apportion.errors import DataError, PlanError, Refused
 from apportion.intake import _torchvision
 from apportion.intake.preprocess import Preprocess
+from apportion.intake.texts import Tokenise
 from apportion.intake.verify import Verified, verify
 from apportion.network import Network
+
+if TYPE_CHECKING:
+    from apportion.intake.hf_text import Pooling
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +32,24 @@ class Source:
     """What came in: the network, how to feed it, and where it is from."""
 
     network: Network
-    preprocess: Preprocess
+    feed: Preprocess | Tokenise | None  # None for a text model that brought no tokenizer
     classes: tuple[str, ...] | None
     verified: Verified | None  # None for a network of our own: there is nothing to compare with
     provenance: dict[str, str | int | bool | None]
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How pictures are made into inputs. Raises PlanError for a model that reads texts."""
+        if not isinstance(self.feed, Preprocess):
+            raise PlanError("a model that reads texts", wanted="a model for images", do="Use Source.tokenise.")
+        return self.feed
+
+    @property
+    def tokenise(self) -> Tokenise:
+        """How texts are made into inputs. Raises PlanError for a model that reads images, or one that brought no tokenizer."""
+        if not isinstance(self.feed, Tokenise):
+            raise PlanError("a model without a tokenizer", wanted="a text model from a folder with a tokenizer.json", do="Pass preprocess=Tokenise(...).")
+        return self.feed
 
 
 def read_model(
@@ -42,16 +60,21 @@ def read_model(
     num_classes: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | Tokenise | None = None,
     example: Tensor | None = None,
+    length: int | None = None,
+    pooling: Pooling | None = None,
+    unit: bool = False,
 ) -> Source:
     """Read a model and prove that nothing was lost.
 
     `model`: "timm:NAME" with its published weights (`random=True`: untrained weights from `seed`, with `num_classes` and `image_size` of one's own);
     a .safetensors file, or a folder with model.safetensors, of the timm model `timm_name` (or the "architecture" in a config.json beside it);
-    a timm VisionTransformer; or a Network, which needs `preprocess`. Equality is tested on random inputs, and on `example` (3, channels, side, side)
-    where given. Raises Refused for a model that cannot be read exactly or whose weights cannot be had, DataError for a bad file, PlanError for options
-    that contradict each other.
+    a timm VisionTransformer; a Network, which needs `preprocess`; and for texts a folder as transformers or sentence-transformers writes it,
+    "hf:NAME@REVISION", or a transformers model. Their paths are stated at `length` tokens; an encoder without a head needs `pooling` ("mean", "class_token"
+    or "pooler") and is of length 1 with `unit`, unless its folder says so. Equality is tested on random inputs, and on `example` (rows of inputs) where given.
+    Raises Refused for a model that cannot be read exactly or whose weights cannot be had, DataError for a bad file, PlanError for options that contradict
+    each other.
     """
     if (num_classes is not None or image_size is not None or random) and not (random and str(model).startswith("timm:")):
         found = "num_classes, image_size or random for trained weights"
@@ -60,6 +83,12 @@ def read_model(
         if preprocess is None:
             raise PlanError("a Network without preprocessing", wanted="preprocess=Preprocess(...)", do="Say how its inputs are made.")
         return Source(model, preprocess, None, None, {"source": "network", "torch": str(torch.__version__)})
+    if _is_text(model):
+        return _text(model, preprocess, example, length, pooling, unit)
+    if length is not None or pooling is not None or unit:
+        raise PlanError("length, pooling or unit for a model of images", wanted="a model that reads texts", do="Leave them out.")
+    if isinstance(preprocess, Tokenise):
+        raise PlanError("a tokenizer for a model of images", wanted="preprocess=Preprocess(...)", do="Leave it out.")
     timm = _timm()
     origin: dict[str, str | int | bool | None] = {"timm": timm.__version__, "torch": str(torch.__version__)}
     if isinstance(model, nn.Module):
@@ -89,6 +118,48 @@ def _verified(source: nn.Module, preprocess: Preprocess | None, names: tuple[str
     figures = [verify(source, network, inputs, reread=read_vit) for inputs in (noise, example) if inputs is not None]
     worst = Verified(max(f.max_abs for f in figures), max(f.max_rel for f in figures))
     return Source(network, preprocess or _preprocess(source, a.image_size), names, worst, origin)
+
+
+def _is_text(model: str | File | nn.Module) -> bool:
+    if isinstance(model, nn.Module):
+        return any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
+    return str(model).startswith("hf:") or (File(model).is_dir() and "model_type" in _read_config(File(model) / "config.json"))
+
+
+def _text(
+    model: str | File | nn.Module, feed: Preprocess | Tokenise | None, example: Tensor | None, length: int | None, pooling: Pooling | None, unit: bool
+) -> Source:
+    _torchvision.ready()
+    try:
+        import transformers
+    except ImportError as error:
+        raise Refused(f"no transformers here ({error})", wanted="transformers", do="Install the extra: pip install 'apportion[text]'.") from error
+    from apportion.intake.hf_folder import open_folder
+    from apportion.intake.hf_text import Answering, examples, labels, read_text
+
+    if isinstance(feed, Preprocess):
+        raise PlanError("preprocessing of images for a model that reads texts", wanted="preprocess=Tokenise(...)", do="Leave it out.")
+    origin: dict[str, str | int | bool | None] = {"transformers": transformers.__version__, "torch": str(torch.__version__)}
+    tokenizer = None
+    if isinstance(model, nn.Module):
+        source, origin = model, {"source": f"{type(model).__module__}.{type(model).__qualname__}", **origin}
+    else:
+        found = open_folder(str(model), pooling)
+        source, tokenizer, origin = found.model, found.tokenizer, {"source": str(model), **found.facts, **origin}
+        length, pooling, unit = found.length if length is None else length, pooling or found.pooling, unit or found.unit
+    network = read_text(source, length=length, pooling=pooling, unit=unit)
+    a = network.architecture
+    inputs = [*examples(a), *([] if example is None else [example])]
+    verified = verify(
+        Answering(source, pooling, unit),
+        network,
+        *inputs,
+        reread=lambda made: read_text(made.get_submodule("model"), length=length, pooling=pooling, unit=unit),
+        batches=(1, 3, 17),
+    )
+    if feed is None and tokenizer is not None:
+        feed = Tokenise(tokenizer, length=a.length, padding=a.padding, pairs=a.token_types > 1)
+    return Source(network, feed, labels(source) if a.classes else None, verified, origin)
 
 
 def _timm() -> ModuleType:

@@ -22,8 +22,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 
 
 def size_bias(tokens: Tokens) -> Tensor | None:
-    """log(size) for every key, so that a merged token counts as often as the tokens it stands for; None while nothing is merged."""
+    """log(size) for every key, so that a merged token counts as often as the tokens it stands for and padding (size 0) never; None while all sizes are 1."""
     return tokens.size.log()[:, None, None, :] if tokens.reduced else None
+
+
+def positions(tokens: Tokens) -> Tensor:
+    """Where each token stands among its sources, (1 or b, n): of a merged token the first of those that it stands for, which padding behind cannot move."""
+    b, n, sources = *tokens.x.shape[:2], tokens.origin.shape[1]
+    index = torch.arange(sources, device=tokens.x.device)
+    if sources - n <= 1:  # nothing merged; a text has one source more than tokens
+        return index[None, :n]
+    return torch.full((b, n), sources, device=index.device).scatter_reduce(1, tokens.origin, index.expand(b, -1), "amin")
 
 
 def _flat(index: Tensor, rows: int) -> Tensor:
@@ -55,3 +64,20 @@ def reduce(tokens: Tokens, kept: Tensor, gone: Tensor, into: Tensor) -> Tokens:
     place = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
     place = place.scatter(1, kept, torch.arange(kept.shape[1], device=x.device).expand_as(kept)).scatter(1, gone, into)
     return Tokens(new_x, new_size, place.gather(1, origin), prefix)
+
+
+def settle(tokens: Tokens, keep: int, gone: Tensor, into: Tensor, order: Tensor) -> Tokens:
+    """Reduce rows of which some tokens are padding, each by its own number: what stays comes first, then padding up to `keep`.
+
+    `gone` (b, n) bool, the real tokens that leave (so many that at most `keep` stay); `into` (b, n) the token that each of them joins, weighted by size;
+    `order` (b, n) below 2n, the order in which those that stay lie.
+    """
+    x, size, origin, prefix = tokens
+    n = x.shape[1]
+    target = torch.where(gone, into, torch.arange(n, device=x.device))
+    new_size = add_at(torch.zeros_like(size), target, size)
+    new_x = add_at(torch.zeros_like(x), target, x * size[..., None]) / torch.where(new_size > 0, new_size, 1)[..., None]
+    layout = (order + 2 * n * (gone | (size == 0))).argsort(dim=-1, stable=True)
+    place = torch.zeros_like(layout).scatter(1, layout, torch.arange(n, device=x.device).expand_as(layout)).clamp_max(keep - 1)
+    kept = layout[:, :keep]
+    return Tokens(take(new_x, kept), take(new_size, kept), place.gather(1, target.gather(1, origin)), prefix)

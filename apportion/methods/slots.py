@@ -37,7 +37,8 @@ class Tokeniser(Protocol):
 class Reducer(Protocol):
     reduces: bool
 
-    def __call__(self, tokens: Tokens, keep: int, mixed: Mixed, notes: Notes | None = None) -> Tokens: ...
+    # `real` (b,) comes with padding (tokens of size 0, always last): how many of the kept are to be real tokens, row by row.
+    def __call__(self, tokens: Tokens, keep: int, mixed: Mixed, notes: Notes | None = None, real: Tensor | None = None) -> Tokens: ...
     def macs(self, before: int, keep: int, prefix: int, mixed_heads: int) -> int: ...
 
 

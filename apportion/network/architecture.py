@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "tanh"]
+
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Shape and flavour of a dense encoder for images.
+    """Shape and flavour of a dense encoder for images, or for texts where `words` is not 0 (then `image_size` and `patch` are).
 
-    `pool_norm_eps` and the other epsilons are the norms' own; `classes` 0 means that the head returns the pooled features.
+    `eps` is that of all norms; `classes` 0 means that the head returns the pooled features. A path's token counts are stated at `length` tokens; a
+    shorter text keeps the same share. With `global_every` above 1, block i has a `window` and `rotary_local` unless i is a multiple of it.
     """
 
     image_size: int
@@ -32,16 +35,36 @@ class Architecture:
     qk_norm: bool = False
     layer_scale: bool = False
     norm_first: bool = True  # False: the norm stands after each residual, as in BERT
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu"] = "gelu"
+    activation: Activation = "gelu"
     eps: float = 1e-6
     final_norm: bool = True
     head_norm: bool = False  # a norm after pooling
     head_bias: bool = True
     pool: Literal["class_token", "mean", "attention_pool"] = "class_token"
+    norm_bias: bool = True
+    first_norm: bool = True  # False: no norm before the first mixer (ModernBERT)
+    gated: bool = False  # GeGLU, SwiGLU: hidden units multiplied by those of a third layer
+    ffn_bias: bool = True
+    rotary: float = 0.0  # base of rotary positions; 0: none
+    rotary_local: float = 0.0  # the same in blocks with a window
+    window: int = 0  # how far a token sees to either side; 0: everywhere
+    global_every: int = 1
+    relative_buckets: int = 0  # of a learned bias by distance; 0: none
+    head_hidden: Activation | None = None  # a layer of `dim` units before the classes
+    head_hidden_bias: bool = True
+    head_hidden_norm: bool = False
+    head_unit: bool = False  # an answer of length 1
+    words: int = 0  # entries of the vocabulary
+    length: int = 0  # tokens at full
+    padding: int = 0  # id of the token that stands for nothing
+    embedding: int = 0  # width of the tables; 0: dim
+    positions: int = 0  # rows of learned positions; 0: none
+    position_offset: int = 0  # the first that is used
+    token_types: int = 0
 
     @property
     def tokens(self) -> int:
-        return (self.image_size // self.patch) ** 2 + self.prefix
+        return self.length if self.words else (self.image_size // self.patch) ** 2 + self.prefix
 
     @property
     def prefix(self) -> int:

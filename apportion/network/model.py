@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,26 +21,81 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+class Unit(nn.Module):
+    """x / |x|: sentence embeddings that are compared by angle."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1)
+
+
 def activation(name: str) -> nn.Module:
-    return {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU(), "relu": nn.ReLU()}[name]
+    plain = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU(), "relu": nn.ReLU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}
+    return plain[name]
+
+
+def layer_norm(a: Architecture, width: int = 0) -> nn.Module:
+    return find("norm", "layernorm")(width or a.dim, eps=a.eps, bias=a.norm_bias)
+
+
+def tokeniser(a: Architecture) -> Any:
+    if a.words:
+        embedding = a.embedding or a.dim
+        return find("tokeniser", "word")(
+            words=a.words,
+            length=a.length,
+            padding=a.padding,
+            dim=a.dim,
+            embedding=embedding,
+            positions=a.positions,
+            offset=a.position_offset,
+            types=a.token_types,
+            class_token=a.class_token,
+            norm=layer_norm(a, embedding) if a.stem_norm else nn.Identity(),
+        )
+    return find("tokeniser", "patch")(
+        image_size=a.image_size,
+        channels=a.channels,
+        patch=a.patch,
+        dim=a.dim,
+        class_token=a.class_token,
+        registers=a.registers,
+        position_prefix=a.position_prefix,
+        bias=a.patch_bias,
+        stem=a.stem,
+        norm=layer_norm(a) if a.stem_norm else nn.Identity(),
+    )
+
+
+def projection(a: Architecture) -> nn.Module:
+    """From what was pooled to the answer."""
+    layers: list[nn.Module] = []
+    if a.head_hidden:
+        layers += [nn.Linear(a.dim, a.dim, bias=a.head_hidden_bias), activation(a.head_hidden)]
+    if a.head_hidden_norm:
+        layers.append(layer_norm(a))
+    if a.classes:
+        layers.append(nn.Linear(a.dim, a.classes, bias=a.head_bias))
+    if a.head_unit:
+        layers.append(Unit())
+    return nn.Sequential(*layers) if len(layers) > 1 else (layers or [nn.Identity()])[0]
 
 
 class Block(nn.Module):
     """Mixer, reducer, FFN; each in its slot, with the norm before the branch (pre-norm) or after the sum (post-norm)."""
 
-    def __init__(self, a: Architecture) -> None:
+    def __init__(self, a: Architecture, index: int = 0) -> None:
         super().__init__()
-        linear, norm = find("weight", "dense"), find("norm", "layernorm")
-        channels = a.dim // a.heads
+        linear = find("weight", "dense")
+        channels, everywhere = a.dim // a.heads, index % a.global_every == 0
 
         def inner(wanted: bool) -> nn.Module:
-            return norm(channels, eps=a.eps) if wanted else nn.Identity()
+            return layer_norm(a, channels) if wanted else nn.Identity()
 
         def residual() -> nn.Module:
             return find("residual", "layerscale")(a.dim) if a.layer_scale else find("residual", "plain")()
 
         self.norm_first = a.norm_first
-        self.norm1, self.norm2 = norm(a.dim, eps=a.eps), norm(a.dim, eps=a.eps)
+        self.norm1, self.norm2 = layer_norm(a) if a.first_norm or index else nn.Identity(), layer_norm(a)
         self.mixer = find("mixer", "attention")(
             heads=a.heads,
             channels=channels,
@@ -46,17 +103,26 @@ class Block(nn.Module):
             proj=linear(a.dim, a.dim, bias=a.proj_bias),
             query_norm=inner(a.qk_norm),
             key_norm=inner(a.qk_norm),
+            rotary=a.rotary if everywhere else a.rotary_local,
+            window=0 if everywhere else a.window,
+            relative=a.relative_buckets,
         )
         self.reducer = find("reducer", "keep_all")()
-        self.ffn = find("ffn", "dense")(up=linear(a.dim, a.hidden), down=linear(a.hidden, a.dim), act=activation(a.activation), hidden=a.hidden)
+        self.ffn = find("ffn", "dense")(
+            up=linear(a.dim, a.hidden, bias=a.ffn_bias),
+            down=linear(a.hidden, a.dim, bias=a.ffn_bias),
+            act=activation(a.activation),
+            hidden=a.hidden,
+            gate=linear(a.dim, a.hidden, bias=a.ffn_bias) if a.gated else None,
+        )
         self.residual1, self.residual2 = residual(), residual()
         self.adapter = find("adapter", "none")()
 
-    def forward(self, tokens: Tokens, step: Step, notes: Notes | None = None) -> Tokens:
+    def forward(self, tokens: Tokens, step: Step, notes: Notes | None = None, real: Tensor | None = None) -> Tokens:
         before, after = (self.norm1, nn.Identity()) if self.norm_first else (nn.Identity(), self.norm1)
         mixed = self.mixer(tokens._replace(x=before(tokens.x)), step.heads, notes)
         tokens = tokens._replace(x=after(self.residual1(tokens.x, mixed.out)))
-        tokens = self.reducer(tokens, step.tokens, mixed, notes)
+        tokens = self.reducer(tokens, step.tokens, mixed, notes) if real is None else self.reducer(tokens, step.tokens, mixed, notes, real)
         before, after = (self.norm2, nn.Identity()) if self.norm_first else (nn.Identity(), self.norm2)
         x = before(tokens.x)
         return tokens._replace(x=after(self.residual2(tokens.x, self.adapter(x, self.ffn(x, step.width, notes)))))
@@ -71,34 +137,20 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Images (b, channels, side, side) and a path in, logits (b, classes) out."""
+    """Images (b, channels, side, side), or texts as the word tokeniser takes them, and a path in; logits (b, classes) out."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         a = self.architecture = architecture
-        norm = find("norm", "layernorm")
-        self.tokeniser = find("tokeniser", "patch")(
-            image_size=a.image_size,
-            channels=a.channels,
-            patch=a.patch,
-            dim=a.dim,
-            class_token=a.class_token,
-            registers=a.registers,
-            position_prefix=a.position_prefix,
-            bias=a.patch_bias,
-            stem=a.stem,
-            norm=norm(a.dim, eps=a.eps) if a.stem_norm else nn.Identity(),
-        )
-        self.blocks = nn.ModuleList(Block(a) for _ in range(a.depth))
+        self.tokeniser = tokeniser(a)
+        self.blocks = nn.ModuleList(Block(a, index) for index in range(a.depth))
         self.depth = find("depth", "every")()
-        self.norm = norm(a.dim, eps=a.eps) if a.final_norm else nn.Identity()
-        extra = (
-            {"heads": a.heads, "hidden": a.hidden, "act": activation(a.activation), "pool_norm": norm(a.dim, eps=a.eps)} if a.pool == "attention_pool" else {}
-        )
+        self.norm = layer_norm(a) if a.final_norm else nn.Identity()
+        extra = {"heads": a.heads, "hidden": a.hidden, "act": activation(a.activation), "pool_norm": layer_norm(a)} if a.pool == "attention_pool" else {}
         self.head = find("head", a.pool)(
-            norm=norm(a.dim, eps=a.eps) if a.head_norm else nn.Identity(),
-            project=nn.Linear(a.dim, a.classes, bias=a.head_bias) if a.classes else nn.Identity(),
-            macs_per_token=a.dim * a.classes,
+            norm=layer_norm(a) if a.head_norm else nn.Identity(),
+            project=projection(a),
+            macs_per_token=a.dim * (a.classes + (a.dim if a.head_hidden else 0)),
             dim=a.dim,
             **extra,
         )
@@ -124,13 +176,27 @@ class Network(nn.Module):
         self.space.check(path)
         return self.finish(self.run(self.tokeniser(inputs, path.patch), path.steps, notes))
 
-    def run(self, tokens: Tokens, steps: tuple[Step, ...], notes: Notes | None = None) -> Tokens:
+    def run(self, tokens: Tokens, steps: tuple[Step, ...], notes: Notes | None = None, *, before: int | None = None) -> Tokens:
+        """Tokens after these steps of a path; `before`: what the path states before the first of them, where that is not the beginning."""
+        before = self.architecture.tokens if before is None else before
         for step in steps:
-            tokens = self.blocks[step.block](tokens, step, notes)
+            fitted = self._fitted(tokens, step, before, notes) if self.architecture.words else (step, notes)
+            tokens, before = self.blocks[step.block](tokens, *fitted), step.tokens
             if notes is not None:
                 for name, value in (("feature", tokens.x), ("size", tokens.size), ("origin", tokens.origin)):
                     notes.setdefault(name, []).append(value)
         return tokens
+
+    def _fitted(self, tokens: Tokens, step: Step, before: int, notes: Notes | None) -> tuple[Step, Notes | None, Tensor | None]:
+        """The step for a text of its own length: the share that the path states at full length, of the padded batch and of each row without its padding."""
+        a, sources = self.architecture, tokens.origin.shape[1] - 1
+        share, whole = step.tokens - a.prefix, a.tokens - a.prefix
+        fitted = step._replace(tokens=a.prefix - (-share * (sources - a.prefix) // whole))
+        if step.tokens == before or tokens.x.shape[1] <= a.prefix + 1:
+            return fitted, notes, None
+        # A row keeps as many as it would alone: so its answer does not depend on the padding.
+        rows = tokens.size.float().sum(1).round().long()
+        return fitted, notes, a.prefix - (-share * (rows - a.prefix)).div(whole, rounding_mode="floor")
 
     def finish(self, tokens: Tokens) -> Tensor:
         """Tokens -> logits: the final norm and the head, after whichever block came last."""
@@ -179,9 +245,10 @@ class Segment(nn.Module):
         if not 0 <= first <= last <= len(path.steps):
             raise PathError(f"steps {first} to {last}", wanted=f"a range within the {len(path.steps)} steps of {path.name}", do="Correct the range.")
         self.network, self.steps, self.ends = network, path.steps[first:last], last == len(path.steps)
+        self.before = path.tokens[first - 1] if first else network.space.tokens
 
     def forward(self, tokens: Tokens) -> Tokens | Tensor:
-        tokens = self.network.run(tokens, self.steps)
+        tokens = self.network.run(tokens, self.steps, before=self.before)
         return self.network.finish(tokens) if self.ends else tokens
 
 
@@ -202,8 +269,7 @@ class Glance(nn.Module):
     def forward(self, inputs: Tensor) -> tuple[Tokens, Tensor]:
         tokens = self.network.run(self.network.tokeniser(inputs, self.patch), self.steps)
         x = self.network.norm(tokens.x)
-        patches = x[:, tokens.prefix :]
-        parts = [patches.mean(1), patches.std(1)]
+        parts = _spread(x[:, tokens.prefix :], tokens.size[:, tokens.prefix :, None] if tokens.reduced else None)
         if tokens.prefix:
             parts.append(x[:, 0])
         if self.network.architecture.classes:
@@ -217,3 +283,13 @@ class Glance(nn.Module):
         """Multiply-adds that the glance adds to those of the path: the head, evaluated once more."""
         full = self.network.space.full
         return self.network.head.macs(full.tokens[0], self.network.architecture.prefix) if self.network.architecture.classes else 0
+
+
+def _spread(x: Tensor, size: Tensor | None) -> list[Tensor]:
+    """Mean and standard deviation over the tokens (b, n, d), where there are sizes (b, n, 1) of those that count."""
+    if size is None:
+        return [x.mean(1), x.std(1)]
+    total = size.sum(1)
+    mean = (x * size).sum(1) / total.clamp_min(1)
+    square = ((x - mean[:, None]).square() * size).sum(1) / (total - 1).clamp_min(1)
+    return [mean, square.sqrt()]

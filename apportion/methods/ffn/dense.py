@@ -1,6 +1,7 @@
-"""Two layers with a non-linearity between, for each token by itself.
+"""Two layers with a non-linearity between, for each token by itself; with a gate, the hidden units are multiplied by a third layer's.
 
-Vaswani et al. 2017, "Attention Is All You Need", arXiv 1706.03762, section 3.3. (b, n, d) -> (b, n, d).
+Vaswani et al. 2017, "Attention Is All You Need", arXiv 1706.03762, section 3.3; gates (GeGLU, SwiGLU): Shazeer 2020, arXiv 2002.05202, section 2.
+(b, n, d) -> (b, n, d).
 """
 
 from __future__ import annotations
@@ -12,27 +13,30 @@ from apportion.vocab import Card, Notes
 
 
 class DenseFFN(nn.Module):
-    """`up`: d -> hidden, `down`: hidden -> d; both cut themselves. By itself it offers the full width only."""
+    """`up` and `gate`: d -> hidden, `down`: hidden -> d; all cut themselves. By itself it offers the full width only."""
 
     card = Card("Feed-forward network", "Vaswani et al. 2017", "1706.03762", None, exact=True, needs="nothing")
 
-    def __init__(self, *, up: Weight, down: Weight, act: nn.Module, hidden: int) -> None:
+    def __init__(self, *, up: Weight, down: Weight, act: nn.Module, hidden: int, gate: Weight | None = None) -> None:
         super().__init__()
-        self.up, self.down, self.act = up, down, act
+        self.up, self.down, self.act, self.gate = up, down, act, gate
         self.choices: tuple[int, ...] = (hidden,)
 
     def forward(self, x: Tensor, width: int, notes: Notes | None = None) -> Tensor:
-        return self.down(self.act(self.up(x, out=width)), inp=width)
+        hidden = self.act(self.up(x, out=width))
+        return self.down(hidden if self.gate is None else hidden * self.gate(x, out=width), inp=width)
 
     def macs(self, tokens: int, width: int) -> int:
-        return 2 * tokens * self.down.out_features * width
+        return (2 if self.gate is None else 3) * tokens * self.down.out_features * width
 
     def contribution(self) -> Contribution:
         return Contribution(self.get_submodule("down"), 1, self.down.strength())
 
     def permute(self, order: Tensor) -> None:
         """Put the hidden units into this order; the output stays what it was."""
-        self.up.permute(out=order)
+        for weight in (self.up, self.gate):
+            if weight is not None:
+                weight.permute(out=order)
         self.down.permute(inp=order)
 
 

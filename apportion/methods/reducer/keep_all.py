@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from apportion.errors import PathError
 from apportion.methods.slots import Mixed
@@ -19,7 +19,7 @@ class KeepAll(nn.Module):
     def from_dense(cls, part: nn.Module) -> Self:
         return cls()
 
-    def forward(self, tokens: Tokens, keep: int, mixed: Mixed, notes: Notes | None = None) -> Tokens:
+    def forward(self, tokens: Tokens, keep: int, mixed: Mixed, notes: Notes | None = None, real: Tensor | None = None) -> Tokens:
         if keep != tokens.x.shape[1]:
             raise PathError(f"a wish to keep {keep} of {tokens.x.shape[1]} tokens", wanted="all of them", do="Put a reducer into this slot.")
         return tokens

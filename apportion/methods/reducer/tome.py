@@ -11,7 +11,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from apportion.methods import ops
 from apportion.methods.slots import Mixed
@@ -30,13 +30,16 @@ class ToMe(nn.Module):
     def from_dense(cls, part: nn.Module, *, channels: int) -> Self:
         return cls(channels)
 
-    def forward(self, tokens: Tokens, keep: int, mixed: Mixed, notes: Notes | None = None) -> Tokens:
+    def forward(self, tokens: Tokens, keep: int, mixed: Mixed, notes: Notes | None = None, real: Tensor | None = None) -> Tokens:
         n, prefix = tokens.x.shape[1], tokens.prefix
         remove = n - keep
-        if remove == 0:
+        if remove == 0 and real is None:
             return tokens
         metric = F.normalize(mixed.key[:, :, prefix:].mean(1), dim=-1)
-        best, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
+        similar = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+        if real is not None:
+            return _padded(tokens, keep, real, similar)
+        best, partner = similar.max(-1)
         order = best.argsort(dim=-1, descending=True, stable=True)
         gone, stay = order[:, :remove], order[:, remove:].sort(dim=-1).values
         b, second = order.shape[0], metric.shape[1] // 2
@@ -47,6 +50,24 @@ class ToMe(nn.Module):
     def macs(self, before: int, keep: int, prefix: int, mixed_heads: int) -> int:
         left = before - prefix
         return 0 if before == keep else (left - left // 2) * (left // 2) * self.channels
+
+
+def _padded(tokens: Tokens, keep: int, real: Tensor, similar: Tensor) -> Tokens:
+    """The same pairs as without the padding: it finds no partner and is none."""
+    n, prefix, pad = tokens.x.shape[1], tokens.prefix, tokens.size[:, tokens.prefix :] == 0
+    best, partner = similar.masked_fill(pad[:, None, 1::2], -torch.inf).max(-1)
+    rank = best.masked_fill(pad[:, ::2], -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    leaving = ((tokens.size > 0).sum(1) - real)[:, None]
+    index = torch.arange(n, device=rank.device)
+    second = (index >= prefix) & ((index - prefix) % 2 == 1)
+
+    def spread(of_first: Tensor) -> Tensor:
+        """What belongs to the first of each two, at both of them."""
+        return F.pad(of_first[..., None].expand(-1, -1, 2).flatten(1)[:, : n - prefix], (prefix, 0), value=n)
+
+    gone = ~second & (spread(rank) < leaving)
+    # A row that loses nothing keeps its order, as it would alone.
+    return ops.settle(tokens, keep, gone, (prefix + 1 + 2 * spread(partner)).clamp_max(n - 1), index + n * (second & (leaving > 0)))
 
 
 METHOD = ToMe

@@ -1,0 +1,266 @@
+"""Texts with labels, from .csv, .tsv or .jsonl files (also .gz) or from lists; what cannot be used is named, never dropped in silence."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path as File
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from apportion.errors import DataError, PlanError
+from apportion.intake.images import spread
+
+Text = str | tuple[str, str]
+Split = Literal["train", "test", "all"]
+OnSkip = Callable[[str, str], None]
+SPLITS = {"train": ("train",), "test": ("test", "dev", "val", "validation")}
+SUFFIXES = (".csv", ".tsv", ".jsonl")
+HELD_OUT = 0.2
+
+
+@final
+class Tokenise:
+    """Texts in, int64 ids (b, n) out, or (b, 2, n) with token types for pairs; n is the longest text's, or the smallest of `buckets` that holds it.
+
+    `tokenizer`: the content of a tokenizer.json. Texts are cut to `length`. Raises DataError for an empty text, one with the padding token in it, and a
+    pair where `pairs` is false; PlanError for a tokenizer that cannot be read or whose padding is another id.
+    """
+
+    def __init__(self, tokenizer: str, *, length: int, padding: int, pairs: bool = False, buckets: Sequence[int] = ()) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise PlanError(f"no tokenizers here ({error})", wanted="the package", do="Install the extra: pip install 'apportion[text]'.") from error
+        if buckets and (list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or buckets[-1] != length):
+            raise PlanError(f"buckets {tuple(buckets)}", wanted=f"ascending lengths up to {length}", do="Correct them.")
+        try:
+            self._tokenizer = Tokenizer.from_str(tokenizer)
+        except Exception as error:  # the package raises plain exceptions
+            raise PlanError(f"a tokenizer that cannot be read ({str(error)[:200]})", wanted="the content of a tokenizer.json", do="Fetch it again.") from error
+        declared = self._tokenizer.padding
+        if declared is not None and declared["pad_id"] != padding:
+            raise PlanError(f"padding with id {declared['pad_id']}", wanted=f"{padding}, the model's", do="Take the tokenizer of this model.")
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(length)
+        self.tokenizer, self.length, self.padding, self.pairs, self.buckets = tokenizer, length, padding, pairs, tuple(buckets)
+
+    @classmethod
+    def from_file(cls, file: str | File, *, length: int, padding: int, pairs: bool = False, buckets: Sequence[int] = ()) -> Tokenise:
+        """The same from a tokenizer.json on disk."""
+        try:
+            content = File(file).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{file}: {error}", wanted="a tokenizer.json", do="Correct the path.") from error
+        return cls(content, length=length, padding=padding, pairs=pairs, buckets=buckets)
+
+    def __call__(self, texts: Sequence[Text]) -> Tensor:
+        for row, text in enumerate(texts):
+            if _fault(text):
+                raise DataError(f"row {row}: {_fault(text)}", wanted="a text with words in it", do="Correct or remove it.")
+            if isinstance(text, tuple) and not self.pairs:
+                raise DataError(f"row {row}: a pair of texts", wanted="one text: this model tells no pairs apart", do="Join them, or take another model.")
+        found = self._tokenizer.encode_batch(list(texts))
+        for row, one in enumerate(found):
+            if not one.ids or self.padding in one.ids:
+                what = "the padding token in the text" if one.ids else "no token"
+                raise DataError(f"row {row}: {what}", wanted="words of the vocabulary", do="Correct or remove it.")
+        if not found:
+            raise DataError("no text", wanted="at least one", do="Give more.")
+        longest = max(len(one.ids) for one in found)
+        n = next((bucket for bucket in self.buckets if bucket >= longest), longest)
+        ids = torch.tensor([one.ids + [self.padding] * (n - len(one.ids)) for one in found])
+        if not any(isinstance(text, tuple) for text in texts):
+            return ids
+        return torch.stack((ids, torch.tensor([one.type_ids + [0] * (n - len(one.ids)) for one in found])), 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextSet:
+    """Texts (or pairs of them) and their labels."""
+
+    texts: tuple[Text, ...]
+    labels: Tensor | None  # (n,) int64
+    classes: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...] = ()  # file and row, why
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and len(self.labels) != len(self.texts):
+            raise DataError(f"{len(self.labels)} labels for {len(self.texts)} texts", wanted="one label for each text", do="Correct the data.")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def rows(self, index: Tensor | Sequence[int]) -> TextSet:
+        """The same set with these rows only, in this order."""
+        rows = torch.as_tensor(index, dtype=torch.int64)
+        return TextSet(tuple(self.texts[i] for i in rows.tolist()), None if self.labels is None else self.labels[rows], self.classes, self.skipped)
+
+    def split(self, holdout: float, *, seed: int = 0) -> tuple[TextSet, TextSet]:
+        """(rest, held out): `holdout` of the texts, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
+        held = spread(self.labels, torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)), holdout)
+        if held.all() or not held.any():
+            found = f"{len(self)} texts, of which {holdout:g} shall be held out"
+            raise DataError(found, wanted="at least one text on either side", do="Give more data or another share.")
+        return self.rows((~held).nonzero().flatten()), self.rows(held.nonzero().flatten())
+
+    def check(self, outputs: int) -> None:
+        """Raises DataError, naming the first row whose label a network with so many outputs cannot give."""
+        bad = [] if self.labels is None else ((self.labels < 0) | (self.labels >= outputs)).nonzero().flatten().tolist()
+        if bad:
+            assert self.labels is not None
+            found = f"label {int(self.labels[bad[0]])} at row {bad[0]} ({len(bad)} such labels)"
+            raise DataError(found, wanted=f"0 to {outputs - 1}, as the network has {outputs} outputs", do="Give labels as the model numbers them.")
+
+    def batches(self, batch: int, tokenise: Tokenise, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(inputs, labels) of `batch` texts and a shorter rest; in order, or shuffled by `seed`. Raises DataError for a text that has no tokens."""
+        order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        for rows in order.split(batch):
+            yield tokenise([self.texts[i] for i in rows.tolist()]), None if self.labels is None else self.labels[rows]
+
+
+def read_texts(
+    source: str | File | Sequence[Text],
+    *,
+    labels: Sequence[int | str] | None = None,
+    split: Split = "all",
+    text: str = "text",
+    pair: str | None = None,
+    label: str = "label",
+    classes: Sequence[str] | None = None,
+    limit: int | None = None,
+    on_skip: OnSkip | None = None,
+) -> TextSet:
+    """Read a list of texts with `labels`, a file, or a folder with train and test (or dev, val, validation) files.
+
+    Columns (of .csv and .tsv, which need a header line) or keys (of .jsonl): `text`, `pair` for a second text, `label`; no such column, no labels.
+    Labels are whole numbers from 0, or names: then their place in `classes` (such as the model's), or else in the alphabet, over all files of a folder.
+    Where the data brings no split of its own, every fifth text of each class is `test`. `limit` keeps that many, spread evenly over the classes.
+    Rows that cannot be used are in `skipped`, by file and row, and told to `on_skip`.
+    Raises DataError: nothing there, a column that is missing, more than half of the rows bad, labels of two kinds.
+    """
+    if split not in ("train", "test", "all") or (limit is not None and limit < 1):
+        raise DataError(f"split {split!r}, limit {limit}", wanted="train, test or all; at least 1", do="Correct them.")
+    if isinstance(source, str | File):
+        if labels is not None:
+            raise DataError("labels beside a file", wanted="labels for a list of texts", do=f"Put them into the column {label!r}.")
+        files, own = _files(File(source), split)
+        every = files if not own else [file for kind in SPLITS for file in _named(File(source), kind)]
+        table = {file: list(_rows(file, text, pair, label)) for file in dict.fromkeys((*files, *every))}
+        rows, known = [row for file in files for row in table[file]], [row for entries in table.values() for row in entries]
+    else:
+        given = list(source)
+        if labels is not None and len(labels) != len(given):
+            raise DataError(f"{len(labels)} labels for {len(given)} texts", wanted="one label for each text", do="Correct the data.")
+        rows = known = [(f"row {i}", one, None if labels is None else labels[i], _fault(one)) for i, one in enumerate(given)]
+        own = False
+    good, bad = [row for row in rows if not row[3]], tuple((row[0], row[3]) for row in rows if row[3])
+    if 2 * len(bad) > len(rows) or not good:
+        found = f"{len(bad)} of {len(rows)} rows that are no usable texts{f', such as {bad[0][0]}: {bad[0][1]}' if bad else ''}"
+        raise DataError(found, wanted="at most half of them bad", do="Correct or remove them.")
+    names, numbers = _numbered([row[2] for row in known if not row[3]], [row[2] for row in good], classes)
+    for where, why in bad if on_skip else ():
+        assert on_skip is not None
+        on_skip(where, why)
+    found = TextSet(tuple(row[1] for row in good), numbers, names, bad)
+    if split != "all" and not own:
+        test = spread(found.labels, torch.arange(len(found)), HELD_OUT)
+        found = found.rows((test if split == "test" else ~test).nonzero().flatten())
+    if limit is not None and limit < len(found):
+        found = found.rows(spread(found.labels, torch.arange(len(found)), limit / len(found)).nonzero().flatten())
+    if not len(found):
+        raise DataError(f"no text in split {split!r}", wanted="at least one", do="Give more data, or use split='all'.")
+    return found
+
+
+Row = tuple[str, Any, Any, str]  # where, text, label, fault
+
+
+def _fault(text: Any) -> str:
+    parts = text if isinstance(text, tuple) else (text,)
+    if not all(isinstance(part, str) for part in parts) or len(parts) not in (1, 2):
+        return f"{type(text).__name__} where a text or a pair of texts was wanted"
+    return "" if all(part.strip() for part in parts) else "an empty text"
+
+
+def _files(source: File, split: Split) -> tuple[list[File], bool]:
+    """The files to read, and whether the data brings a split of its own."""
+    wanted = f"a file with one of the endings {', '.join(SUFFIXES)} (.gz), or a folder with train and test files"
+    if source.is_dir():
+        files = [file for kind in (SPLITS if split == "all" else (split,)) for file in _named(source, kind)]
+        if not files:
+            raise DataError(f"{source} without files for split {split!r}", wanted=wanted, do="Correct the path or the names.")
+        return files, True
+    if not source.is_file() or not _stem(source):
+        raise DataError(f"no table {source}", wanted=wanted, do="Correct the path.")
+    return [source], False
+
+
+def _named(folder: File, kind: str) -> list[File]:
+    """The first of a split's names that is there."""
+    for name in SPLITS[kind]:
+        if found := sorted(file for file in folder.iterdir() if _stem(file) == name):
+            return found
+    return []
+
+
+def _stem(file: File) -> str:
+    name = file.name.removesuffix(".gz")
+    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), "")
+
+
+def _rows(file: File, text: str, pair: str | None, label: str) -> Iterator[Row]:
+    columns = [text] if pair is None else [text, pair]
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()
+        entries = list(_entries(file, content.decode("utf-8-sig"), columns))
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file}: {error}", wanted="a table in UTF-8", do="Convert it.") from error
+    labelled = any(isinstance(entry, dict) and label in entry for _, entry in entries)
+    for line, entry in entries:
+        where = f"{file}, line {line}"
+        if not isinstance(entry, dict) or any(entry.get(name) is None for name in columns):
+            yield where, "", None, f"no {' and '.join(columns)}" if isinstance(entry, dict) else "not a JSON object"
+            continue
+        body = entry[text] if pair is None else (entry[text], entry[pair])
+        yield where, body, entry.get(label), _fault(body) or ("no label" if labelled and entry.get(label) in (None, "") else "")
+
+
+def _entries(file: File, content: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    if _stem(file) and ".jsonl" in file.name:
+        for line, row in enumerate(content.split("\n"), 1):
+            if row.strip():
+                try:
+                    yield line, json.loads(row)
+                except ValueError:
+                    yield line, None
+        return
+    reader = csv.DictReader(io.StringIO(content, newline=""), delimiter="\t" if ".tsv" in file.name else ",")
+    if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+        raise DataError(f"{file} with columns {', '.join(reader.fieldnames or ())}", wanted=f"a column {missing[0]!r}", do="Name the columns, or add a header.")
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _numbered(known: Iterable[Any], labels: list[Any], classes: Sequence[str] | None) -> tuple[tuple[str, ...], Tensor | None]:
+    """Names of the classes and the (n,) labels; none where no row has one."""
+    found = {value if type(value) is int else str(value) for value in known if value is not None}
+    if not found:
+        return tuple(classes or ()), None
+    if all(type(value) is int or str(value).isdecimal() for value in found) and not (classes and found <= set(classes)):
+        top = max(map(int, found))
+        if min(map(int, found)) < 0:
+            raise DataError(f"label {min(map(int, found))}", wanted="whole numbers from 0", do="Correct the labels.")
+        return tuple(classes or map(str, range(top + 1))), torch.tensor([int(value) for value in labels])
+    if strange := [value for value in found if type(value) is int]:
+        raise DataError(f"label {strange[0]} beside names", wanted="numbers or names, not both", do="Correct the labels.")
+    names = tuple(classes or sorted(map(str, found)))
+    if missing := sorted(map(str, found - set(names))):
+        raise DataError(f"label {missing[0]!r}", wanted=f"one of {', '.join(names)}", do="Correct the labels, or leave classes out.")
+    return names, torch.tensor([names.index(str(value)) for value in labels])

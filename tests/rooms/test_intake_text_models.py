@@ -1,0 +1,248 @@
+"""Every family of text encoders that is read equals its source, with padding and without; everything else is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from apportion.errors import DataError, PlanError, Refused
+from apportion.intake import _torchvision
+from apportion.intake.read import read_model
+from apportion.intake.texts import Tokenise
+from apportion.intake.verify import verify
+from apportion.methods.mixer.attention import bucket
+from apportion.network import put
+from tests.conftest import PLAN
+
+_torchvision.ready()
+transformers = pytest.importorskip("transformers")
+from apportion.intake.hf_families import CLASSIFIES, FAMILIES  # noqa: E402
+from apportion.intake.hf_text import Answering, describe, examples, labels, read_text  # noqa: E402
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+SHAPE = {"vocab_size": 60, "max_position_embeddings": 60, "num_labels": 3, "initializer_range": 0.2}
+SPECIAL: dict[str, dict] = {
+    "DistilBert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48},
+    "Electra": {"embedding_size": 16},
+    "NomicBert": {"head_dim": 8},
+    "ModernBert": {"pad_token_id": 59, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 10},
+    "Ernie": {"use_task_id": True, "task_type_vocab_size": 3},
+    **{name: {"pad_token_id": 1, "type_vocab_size": 1} for name in ("Roberta", "XLMRoberta", "Camembert", "Data2VecText")},
+    "MPNet": {"pad_token_id": 1},
+}
+
+
+def tiny(name, kind=CLASSIFIES, **options):
+    torch.manual_seed(0)
+    sizes = {} if name == "DistilBert" else SIZES
+    config = getattr(transformers, f"{name}Config")(**{**SHAPE, **sizes, "pad_token_id": 0, **SPECIAL.get(name, {}), **options})
+    return getattr(transformers, f"{name}{kind}")(config).eval()
+
+
+def compared(model, **how):
+    network = read_text(model, **how)
+    given = {key: how[key] for key in ("pooling", "unit") if key in how}
+    return verify(Answering(model, **given), network, *examples(network.architecture), reread=lambda made: read_text(made.model, **how), batches=(1, 3, 17))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_equals_its_source(name):
+    assert compared(tiny(name)).max_abs < 1e-5
+    assert compared(tiny(name, "Model"), pooling="mean", unit=True).max_abs < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Bert", "MPNet", "ModernBert", "Roberta"])
+def test_other_heads_and_flavours(name):
+    assert compared(tiny(name, "Model"), pooling="class_token", length=20).max_abs < 1e-5
+    if name == "ModernBert":
+        options = {"classifier_pooling": "mean", "norm_bias": True, "mlp_bias": True, "attention_bias": True, "classifier_bias": True}
+        assert compared(tiny(name, **options, hidden_activation="silu")).max_abs < 1e-5
+        layers = {"layer_types": ["full_attention"] * 3, "classifier_activation": "relu"}
+        assert compared(tiny(name, **layers)).max_abs < 1e-5
+    else:
+        assert compared(tiny(name, "Model"), pooling="pooler").max_abs < 1e-5
+        assert compared(tiny(name, hidden_act="gelu_new")).max_abs < 1e-5
+
+
+def test_what_the_families_look_like():
+    bert, roberta, electra, modern = (describe(tiny(name)) for name in ("Bert", "Roberta", "Electra", "ModernBert"))
+    assert bert.position_offset == 0 and bert.token_types == 2 and bert.prefix == 1 and bert.length == 60
+    assert roberta.position_offset == 2 and roberta.length == 58
+    assert electra.embedding == 16 and electra.head_hidden == "gelu"
+    assert modern.window == 5 and modern.global_every == 3 and modern.gated and modern.rotary == 160_000 and modern.rotary_local == 10_000
+    assert describe(tiny("Bert", "Model"), pooling="mean").prefix == 0
+
+
+def test_buckets_are_those_of_the_source():
+    from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+
+    distance = torch.arange(-600, 601)
+    assert torch.equal(bucket(distance, 32), MPNetEncoder.relative_position_bucket(distance))
+
+
+@pytest.mark.parametrize("what", ["positions", "token types", "window", "order of heads", "padding"])
+def test_a_forgotten_part_shows(what):
+    name = {"window": "ModernBert"}.get(what, "Bert")
+    source = tiny(name)
+
+    def forgetful(made):
+        network = read_text(made.model)
+        with torch.no_grad():
+            if what == "positions":
+                network.tokeniser.offset = 1
+            elif what == "token types":
+                network.tokeniser.kind[1] = network.tokeniser.kind[0]
+            elif what == "window":
+                network.blocks[1].mixer.window += 1
+            elif what == "padding":
+                network.tokeniser.padding = -1
+            else:
+                network.blocks[0].mixer.proj.permute(inp=torch.arange(32).roll(8))
+        return network
+
+    made = Answering(source)
+    with pytest.raises(Refused, match="difference"):
+        verify(made, forgetful(made), *examples(describe(source)), reread=forgetful, batches=(1, 3, 17))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "what"),
+    [
+        ("Bert", {"is_decoder": True}, "is_decoder"),
+        ("Bert", {"problem_type": "multi_label_classification"}, "multi_label"),
+        ("Bert", {"num_labels": 1}, "1 output"),
+        ("Bert", {"hidden_act": "mish"}, "mish"),
+        ("MPNet", {"pad_token_id": 2}, "pad_token_id 2"),
+        ("ModernBert", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, "layer_types"),
+        ("Bert", {"position_embedding_type": "relative_key"}, "relative_key"),
+    ],
+)
+def test_what_cannot_be_read_exactly_is_named(name, options, what):
+    with pytest.raises(Refused, match=what):
+        read_text(tiny(name, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "what"),
+    [
+        ("Bert", "ForTokenClassification", "an answer for each token"),
+        ("Roberta", "ForMaskedLM", "language-model"),
+        ("Albert", CLASSIFIES, "every layer shares"),
+        ("DebertaV2", CLASSIFIES, "disentangled"),
+        ("MegatronBert", CLASSIFIES, "MegatronBert"),
+    ],
+)
+def test_other_classes_are_named(name, kind, what):
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}{kind}")(getattr(transformers, f"{name}Config")(num_hidden_layers=1))
+    with pytest.raises(Refused, match=what):
+        read_model(model)
+
+
+def test_changed_modules_are_refused():
+    model = tiny("Bert")
+    model.bert.encoder.layer[0].output.dense.__class__ = type("Quantised", (nn.Linear,), {})
+    with pytest.raises(Refused, match=r"layer\.0\.output\.dense of class .*Quantised"):
+        read_text(model)
+    model = tiny("Bert")
+    model.bert.encoder.layer[1].register_parameter("scale", nn.Parameter(torch.ones(3)))
+    with pytest.raises(Refused, match=r"layer\.1\.scale, which has no place"):
+        read_text(model)
+    with pytest.raises(PlanError, match="pooling"):
+        read_text(tiny("Bert", "Model"))
+    with pytest.raises(PlanError, match="pooling"):
+        read_text(tiny("Bert"), pooling="mean")
+    with pytest.raises(PlanError, match="length 61"):
+        read_text(tiny("Bert"), length=61)
+    with pytest.raises(PlanError, match="images"):
+        read_model("timm:vit_tiny_patch16_224", length=8)
+
+
+def words(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"the a good bad film is was not".split()]
+    tokenizer = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["[PAD]", "[CLS]", "[SEP]"])
+    pair = "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_a_folder(tmp_path):
+    model = tiny("Bert", id2label={0: "bad", 1: "so", 2: "good"}, label2id={"bad": 0, "so": 1, "good": 2})
+    model.save_pretrained(tmp_path)
+    words(tmp_path)
+    read = read_model(tmp_path, length=40)
+    assert read.classes == ("bad", "so", "good") == labels(model) and read.network.architecture.length == 40
+    assert read.verified is not None and read.verified.max_abs < 1e-5 and len(read.provenance["sha256"]) == 64
+    inputs = read.tokenise(["the film is good", "bad"])
+    assert inputs.tolist() == [[2, 4, 8, 9, 6, 3], [2, 7, 3, 0, 0, 0]]
+    assert torch.allclose(read.network(inputs, read.network.space.full), Answering(model)(inputs), atol=1e-6)
+    with pytest.raises(PlanError, match="reads texts"):
+        _ = read.preprocess
+
+
+def test_a_folder_of_sentence_transformers(tmp_path):
+    model = tiny("MPNet", "Model")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(PlanError, match="pooling"):
+        read_model(tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}))
+    kinds = [
+        {"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in (("", "Transformer"), ("1_Pooling", "Pooling"), ("2", "Normalize"))
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(kinds))
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 30, "do_lower_case": False}))
+    read = read_model(tmp_path)
+    a = read.network.architecture
+    assert (a.pool, a.head_unit, a.length, a.classes, a.prefix) == ("mean", True, 30, 0, 0) and read.classes is None
+    with pytest.raises(PlanError, match="tokenizer"):
+        _ = read.tokenise
+    (tmp_path / "modules.json").write_text(json.dumps([*kinds, {"path": "3_Dense", "type": "sentence_transformers.models.Dense"}]))
+    with pytest.raises(Refused, match="Dense"):
+        read_model(tmp_path)
+
+
+def test_folders_that_are_not_understood(tmp_path):
+    tiny("Bert").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    for change, what in (
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+        ({"gating": True}, "gating"),
+        ({"architectures": ["AlbertModel"]}, "AlbertModel"),
+        ({"num_hidden_layers": 4}, r"missing bert\.encoder\.layer\.3"),
+        ({"num_hidden_layers": 2}, r"unexpected bert\.encoder\.layer\.2"),
+        ({"position_embedding_type": "relative_key"}, "relative_key"),
+    ):
+        file.write_text(json.dumps(config | change))
+        with pytest.raises(Refused, match=what):
+            read_model(tmp_path)
+    file.write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(Refused, match="cannot load"):
+        read_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"model\.safetensors"):
+        read_model(tmp_path)
+    with pytest.raises(Refused, match="full commit"):
+        read_model("hf:some/model")
+
+
+def test_a_model_in_hand_with_a_tokenizer(tmp_path):
+    words(tmp_path)
+    feed = Tokenise.from_file(tmp_path / "tokenizer.json", length=20, padding=0, pairs=True)
+    read = read_model(tiny("Bert"), preprocess=feed, length=20)
+    pair = read.tokenise([("the film", "good"), ("a film is bad", "not bad")])
+    assert pair.shape == (2, 2, 9) and read.network(pair, read.network.space.full).shape == (2, 3)
+    for choice in PLAN:
+        put(read.network, choice)
+    path = read.network.space.path(tokens=(11, 11, 6), heads=2, width=24)
+    alone = torch.cat([read.network(feed([text]), path) for text in (("the film", "good"), ("a film is bad", "not bad"))])
+    assert torch.allclose(read.network(pair, path), alone, atol=1e-5)
