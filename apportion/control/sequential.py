@@ -24,6 +24,7 @@ PASSES, PARTS = 4, 4  # over one set of walks, and the minibatches of each
 ENTROPY = (0.01, 0.001)  # weight at the start and at the end
 CRITICAL = 0.5  # share of the self-critical advantage
 KNOTS = 129
+BELOW = -0.05  # the first price, as a share of the last
 
 
 class States(NamedTuple):
@@ -93,7 +94,7 @@ class SequentialPolicy(nn.Module):
 
     def forward(self, signal: Tensor, node: Tensor, spent: Tensor, price: Tensor, cap: float = math.inf) -> tuple[Tensor, Tensor]:
         standard = ((signal.float() - self.mean) / self.std).clamp(-REACH, REACH)
-        purse = torch.stack([spent.float(), (price / self.dearest_price).expand(len(node))], 1)
+        purse = torch.stack([spent.float(), price.expand(len(node))], 1)
         hidden = F.gelu(self.inner(F.gelu(self.seen(standard) + self.place(node) + self.purse(purse))))
         logits, value = self.outer(hidden).split([self.after.shape[1], 1], 1)
         within = (self.after[node] >= 0) & (spent[:, None] + self.least[node] <= cap)
@@ -117,15 +118,18 @@ class SequentialPolicy(nn.Module):
 
 
 @torch.no_grad()
-def walk(policy: SequentialPolicy, signal: Tensor, price: Tensor, *, cap: float = math.inf, sample: bool = False) -> Walk:
-    """Take all samples from the first node to their answers at once, as deployed or by drawing each action.
+def walk(
+    policy: SequentialPolicy, signal: Tensor, price: Tensor, *, cap: float = math.inf, sample: bool = False, start: tuple[Tensor, Tensor] | None = None
+) -> Walk:
+    """Take all samples to their answers at once, as deployed or by drawing each action, from the first node or from `start` (node, spent).
 
     Shapes: signal (n, nodes, f), price (n,) or (). Raises ControlError where no answer fits the cap. Cost: `depth` passes of the policy.
     """
     if not cap >= (cheapest := policy.least[0].amin()):
         raise out_of_reach(cap, cheapest[None])
     rows = torch.arange(len(signal))
-    node, alive, spent = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool), torch.zeros(len(rows), dtype=torch.float64)
+    node, spent = start or (torch.zeros_like(rows), torch.zeros(len(rows), dtype=torch.float64))
+    alive = torch.ones_like(rows, dtype=torch.bool)
     total, steps = spent, list[tuple[Tensor, ...]]()
     for _ in range(policy.depth):
         logits, value = policy(signal[rows, node], node, spent, price, cap)
@@ -141,10 +145,10 @@ def walk(policy: SequentialPolicy, signal: Tensor, price: Tensor, *, cap: float 
 def tariff(policy: SequentialPolicy, signal: Tensor, *, knots: int) -> tuple[Tensor, list[Walk]]:
     """Ascending prices, dense where the mean cost of these samples changes, and the deployed walks at each.
 
-    Mean cost can change much within little, so each new price halves the step that leaves most open, in price times cost. The range
-    begins below 0, where a budget asks for more than is worth spending. Cost: `knots` walks.
+    Mean cost can change much within little, so each new price halves the step that leaves most open, in price times cost. They begin a
+    little below 0: from 0 on, the dearest answers are learned less well; from further below, useless segments are run at low prices too. Cost: `knots` walks.
     """
-    ends = [share * policy.dearest_price.item() for share in (-0.1, 1.0)]
+    ends = [BELOW * policy.dearest_price.item(), policy.dearest_price.item()]
     table = [(price, walk(policy, signal, torch.tensor(price))) for price in ends]
     while len(table) < knots:
         opened = [(high - low) * abs(more.total.mean() - less.total.mean()).item() for (low, more), (high, less) in pairwise(table)]
@@ -259,6 +263,10 @@ def fit_ppo(
     """
     table, cost = reward.table(graph, episodes), graph.cost.float()
     optimiser = AdamW(policy.parameters(), lr=rate, weight_decay=0.1)
+
+    def earned(way: Walk, rows: Tensor, price: Tensor) -> Tensor:
+        return torch.where(way.alive, table[rows, way.node, way.action] - price * cost[way.node, way.action], 0.0)
+
     kept = deepcopy(policy.state_dict())
     highest, prices = frontier(policy, graph, held, reward=reward)
     for iteration in range(iterations):
@@ -268,10 +276,10 @@ def fit_ppo(
         between = torch.randint(len(prices) - 1, (len(rows),))
         signal, price = episodes.signal[rows], prices[between].lerp(prices[between + 1], torch.rand(len(rows)))
         seen, states, step, row = draw(policy, signal, price)
-        greedy = walk(policy, signal, price)
-        paid, alone = (torch.where(way.alive, table[rows, way.node, way.action] - price * cost[way.node, way.action], 0.0) for way in (seen, greedy))
+        paid = earned(seen, rows, price)
         gain = advantages(paid, seen.value, seen.alive)[step, row]
-        above = (paid.sum(0) - alone.sum(0))[row]
+        else_ = walk(policy, signal[row], price[row], start=(states.node, states.spent))
+        above = paid.flip(0).cumsum(0).flip(0)[step, row] - earned(else_, rows[row], price[row]).sum(0)
         mixed = CRITICAL * above / (above.std() + 1e-6) + (1 - CRITICAL) * (gain - gain.mean()) / (gain.std() + 1e-6)
         taken = seen.action[step, row], seen.log_p[step, row], mixed, gain + seen.value[step, row]
         improve(policy, optimiser, states, taken, entropy=ENTROPY[0] * (ENTROPY[1] / ENTROPY[0]) ** done)
