@@ -1,16 +1,18 @@
 """Deciding: how much compute an input needs, learned from tables of outcomes alone; no network is ever seen here."""
 
 from apportion.control.bounds import Bounds, acceptable_chance, bounds
+from apportion.control.collapse import Watch, collapse, information
 from apportion.control.controller import Controller, fit_controller
 from apportion.control.guarantee import Certificate, certify
 from apportion.control.ladder import candidates, choose_rungs
-from apportion.control.operate import OperatingPoint, adaptive_gain, collapse, decide, frontier, operating_point
+from apportion.control.operate import OperatingPoint, adaptive_gain, decide, frontier, operating_point
 
 __all__ = [
     "Bounds",
     "Certificate",
     "Controller",
     "OperatingPoint",
+    "Watch",
     "acceptable_chance",
     "adaptive_gain",
     "bounds",
@@ -21,5 +23,6 @@ __all__ = [
     "decide",
     "fit_controller",
     "frontier",
+    "information",
     "operating_point",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import torch
 from sklearn.isotonic import IsotonicRegression
@@ -34,14 +34,6 @@ class FrontierPoint(TypedDict):
     cost: float
     accuracy: float
     share: list[float]  # of samples on each rung
-
-
-class Collapse(NamedTuple):
-    """How varied the choices are. The rule is deterministic, so the marginal entropy is also the information a choice carries about its input."""
-
-    entropy_bits: float
-    rungs_used: int
-    largest_share: float
 
 
 def bootstrap_means(values: Tensor, *, repeats: int = REPEATS, seed: int = 0) -> Tensor:
@@ -107,10 +99,3 @@ def adaptive_gain(outcomes: Outcomes, choice: Tensor) -> tuple[float, float, flo
 
     low, high = gain(bootstrap_means(table)).quantile(LEVELS).tolist()
     return gain(table.mean(0)).item(), low, high
-
-
-def collapse(choice: Tensor, *, rungs: int) -> Collapse:
-    """The figures that show a policy which has stopped adapting. Shapes: choice (n,)."""
-    share = torch.bincount(choice, minlength=rungs).double() / len(choice)
-    entropy = -(share * share.clamp_min(1e-12).log2()).sum().item()
-    return Collapse(entropy, int((share > 0).sum()), share.max().item())

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from apportion.control.collapse import Watch, collapse
 from apportion.control.complexity import HIDDEN
 from apportion.control.labels import check_table, folds, task_reward
 from apportion.control.ordinal import Predictor
 from apportion.vocab import Outcomes
+
+ROWS = 256  # in one update
 
 
 class Policy(nn.Module):
@@ -78,7 +81,8 @@ def fit_policy(
     Every rung's outcome is known, so the expected reward is a sum and nothing is sampled:
     maximise E[sum_a pi(a|x) R(x, a)] + tau H(pi) - dual (E[c] - budget), with pi = softmax((worth - dual c) / tau), one dual for each
     budget raised while it is overspent, tau falling. At that optimum worth is the expected reward, and the dual is the price on compute.
-    Raises ControlError on a table nothing can be learned from. Cost: two seconds for 5000 rows, 200 features and 6 rungs on one core.
+    Raises ControlError on a table nothing can be learned from, and where the policy has collapsed to a static one.
+    Cost: two seconds for 5000 rows, 200 features and 6 rungs on one core.
     """
     check_table(outcomes)
     standard, believed = complexity.standardise(outcomes.signal), complexity(outcomes.signal).detach()
@@ -87,10 +91,11 @@ def fit_policy(
     held, *rest = folds(len(reward), 5, seed=seed + 1)
     train = torch.cat(rest)
 
-    def gained(policy: Policy) -> float:
+    def gained(policy: Policy) -> tuple[float, float]:
         with torch.no_grad():
             worth = policy(standard[held], believed[held], grid)
-        return reward[held].gather(1, choose(worth, prices(worth, cost, grid), cost)).mean().item()
+        choice = choose(worth, prices(worth, cost, grid), cost)
+        return reward[held].gather(1, choice).mean().item(), max(collapse(at, rungs=len(cost)).entropy_bits for at in choice.T)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -98,10 +103,12 @@ def fit_policy(
         optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.1)
         with torch.no_grad():
             dual = prices(policy(standard[train], believed[train], grid), cost, grid).clamp_min(0)
-        best, kept = gained(policy), deepcopy(policy.state_dict())
+        (best, bits), kept = gained(policy), deepcopy(policy.state_dict())
+        watch, updates = Watch(), -(-len(train) // ROWS)
+        watch.see(bits)
         for epoch in range(epochs):
             tau = 0.1 * 0.2 ** (epoch / epochs)
-            for rows in train[torch.randperm(len(train))].split(256):
+            for rows in train[torch.randperm(len(train))].split(ROWS):
                 worth = policy(F.dropout(standard[rows], 0.2), believed[rows], grid)
                 log_pi = ((worth - dual[:, None] * cost) / tau).log_softmax(-1)
                 pi = log_pi.exp()
@@ -112,7 +119,8 @@ def fit_policy(
                 loss.backward()
                 optimiser.step()
                 dual = (dual + 0.2 * (spent.detach() - grid)).clamp_min(0)
-            now = gained(policy)
+            now, bits = gained(policy)
+            watch.see(bits, updates=updates)
             if now > best:
                 best, kept = now, deepcopy(policy.state_dict())
         policy.load_state_dict(kept)

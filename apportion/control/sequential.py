@@ -13,6 +13,7 @@ from torch.distributions import Categorical
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
+from apportion.control.collapse import Watch, collapse
 from apportion.control.complexity import HIDDEN, REACH
 from apportion.control.labels import FEWEST_ROWS, folds, task_reward
 from apportion.control.reward import LEAVE, Episodes, Graph, Reward, best, follow
@@ -240,15 +241,19 @@ def improve(policy: SequentialPolicy, optimiser: Optimizer, states: States, take
             descend(policy, optimiser, loss)
 
 
-def frontier(policy: SequentialPolicy, graph: Graph, episodes: Episodes, *, reward: Reward, knots: int = 13) -> tuple[float, Tensor]:
-    """Mean over budgets of the task reward that the deployed policy reaches on these rows, mixing prices where that helps; and those prices."""
+def frontier(policy: SequentialPolicy, graph: Graph, episodes: Episodes, *, reward: Reward, knots: int = 13) -> tuple[float, Tensor, float]:
+    """Mean over budgets of the task reward that the deployed policy reaches on these rows, mixing prices where that helps; those prices; and the bits
+
+    that answers tell of their inputs at the price where they tell most.
+    """
     task, rows = task_reward(episodes.correct, penalty=reward.penalty).double(), torch.arange(len(episodes.correct))
     prices, walks = tariff(policy, episodes.signal, knots=knots)
     ends = [follow(graph, graph.least.argmin(1).expand(len(rows), -1)), *((seen.end, seen.total) for seen in walks)]
     cost, order = torch.stack([spent.mean() for _, spent in ends]).sort()
     earned = torch.stack([task[rows, end].mean() for end, _ in ends])[order]
     budgets = torch.linspace(graph.least[0].amin().item(), graph.dearest, 17, dtype=torch.float64)
-    return envelope(cost, earned, budgets).mean().item(), prices
+    bits = max(collapse(seen.end, rungs=len(graph.after)).entropy_bits for seen in walks)
+    return envelope(cost, earned, budgets).mean().item(), prices, bits
 
 
 def fit_ppo(
@@ -259,7 +264,7 @@ def fit_ppo(
     Each walk is at a price of its own, drawn where the cost on `held` depends on it. Its advantage is half GAE, which compares with the value
     head, and half self-critical: what the walk earned above the greedy one of the same sample (BlockDrop: Wu et al., 2018,
     arXiv 1711.08393), each divided by its spread in the batch. The best state on `held` stays.
-    Draws from torch's global generator.
+    Draws from torch's global generator. Raises ControlError where the policy has collapsed to a static one.
     """
     table, cost = reward.table(graph, episodes), graph.cost.float()
     optimiser = AdamW(policy.parameters(), lr=rate, weight_decay=0.1)
@@ -268,7 +273,9 @@ def fit_ppo(
         return torch.where(way.alive, table[rows, way.node, way.action] - price * cost[way.node, way.action], 0.0)
 
     kept = deepcopy(policy.state_dict())
-    highest, prices = frontier(policy, graph, held, reward=reward)
+    highest, prices, bits = frontier(policy, graph, held, reward=reward)
+    watch = Watch()
+    watch.see(bits)
     for iteration in range(iterations):
         done = iteration / iterations
         optimiser.param_groups[0]["lr"] = rate * (1 - done)
@@ -284,7 +291,8 @@ def fit_ppo(
         taken = seen.action[step, row], seen.log_p[step, row], mixed, gain + seen.value[step, row]
         improve(policy, optimiser, states, taken, entropy=ENTROPY[0] * (ENTROPY[1] / ENTROPY[0]) ** done)
         if iteration % 5 == 4:
-            now, prices = frontier(policy, graph, held, reward=reward)
+            now, prices, bits = frontier(policy, graph, held, reward=reward)
+            watch.see(bits, updates=5 * PASSES * PARTS)
             if now > highest:
                 kept, highest = deepcopy(policy.state_dict()), now
     policy.load_state_dict(kept)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apportion.control.complexity import Complexity, calibrate, expected_calibration_error, fit_complexity
 from apportion.control.controller import Controller, fit_controller
-from apportion.control.operate import adaptive_gain, bootstrap_means, collapse, frontier, operating_point
+from apportion.control.operate import adaptive_gain, bootstrap_means, frontier, operating_point
 from apportion.control.policy import choose, fit_policy, prices
 from apportion.control.rules import always_full, envelope, oracle, static_hull, taken
 from apportion.errors import ControlError
@@ -234,11 +234,6 @@ def test_gain_of_a_blind_policy_is_not_positive(fresh: Outcomes) -> None:
     hull = envelope(fresh.cost, fresh.correct.double().mean(0), fresh.cost[1]).item()
     assert gain == pytest.approx(100 * (taken(fresh, rung).accuracy - hull), abs=1e-5)
     assert gain <= 1e-5 and low <= 1e-5
-
-
-def test_collapse_figures() -> None:
-    assert collapse(torch.zeros(10, dtype=torch.long), rungs=4) == (pytest.approx(0.0), 1, 1.0)
-    assert collapse(torch.arange(8) % 4, rungs=4) == (pytest.approx(2.0), 4, 0.25)
 
 
 @pytest.mark.slow
