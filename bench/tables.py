@@ -132,9 +132,20 @@ def deciding() -> str:
         for row in seed["attack"]
     ]
     lines += ["Gradient attack within 8/255 at the 0.5x setting:", *table(["cap", "before", "random signs", "attacked", "inputs over the cap"], rows)]
+    lines += ["Network and policy taught together, against the same multiply-adds spent on the paths alone (`python -m bench joint`), accuracy in %:"]
+    lines += table(*together())
     rows = [[f"{row['batch']}", f"{100 * row['share_of_full']:.1f} %"] for row in images[0]["overhead"]]
     lines += ["Time of the decision over the full path's, eager, one thread:", *table(["batch", "share"], rows)]
     return "\n".join(lines).strip()
+
+
+def together() -> tuple[list[str], list[list[str]]]:
+    """Accuracy at each budget in `results/joint.json`, the three seeds side by side."""
+    seeds = json.loads((FOLDER / "joint.json").read_text())["seeds"]
+    head = ["taught", *(str(row["budget"]) for row in seeds[0]["rules"]["as healed"])]
+    return head, [
+        [name, *(", ".join(f"{100 * seed['rules'][name][n]['accuracy']:.2f}" for seed in seeds) for n in range(len(head) - 1))] for name in seeds[0]["rules"]
+    ]
 
 
 def results() -> str:
@@ -144,7 +155,7 @@ def results() -> str:
 
 
 def read(name: str, result: dict[str, Any]) -> Iterator[str]:
-    if "seeds" in result:
+    if all("figures" in seed for seed in result.get("seeds", [{}])):
         for seed in result["seeds"]:
             yield row(f"{name}, seed {seed['seed']}", seed["figures"])
         saved = [seed["figures"]["gmacs_saved_share"] for seed in result["seeds"]]

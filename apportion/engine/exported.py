@@ -20,7 +20,7 @@ from apportion.engine.graph import Graph, not_whole, serving, unbuilt
 from apportion.errors import EngineError
 
 AGREEMENT = 1e-2
-"""Relative distance to eager, at most, on the example: above rounding (1e-6) and a choice between near equals, below a wrong operator."""
+"""Relative distance to eager, at most, for run times in single precision: above rounding (1e-6) and a choice between near equals, below a wrong operator."""
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 aten = torch.ops.aten
@@ -31,6 +31,7 @@ class Runtime(Protocol):
 
     suffix: str
     version: str
+    agreement: float  # relative distance to eager, at most, on the example
 
     def convert(self, program: ExportedProgram, file: File) -> None:
         """Write the program in the run time's own format. Whatever it raises is reported by the operators that it names."""
@@ -73,7 +74,7 @@ def exported(module: nn.Module, example: tuple[Any, ...], *, runtime: Runtime, n
                 _convert(program, file, runtime, name)
             call = runtime.load(file, threads=torch.get_num_threads())
             weight_bytes = sum(part.stat().st_size for part in file.parent.glob(f"{file.stem}.*"))
-        _agree(call(tensors), [leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, Tensor)], name)
+        _agree(call(tensors), [leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, Tensor)], name, runtime.agreement)
     return Graph(_sealed(call, flat, tensors, answer, name), weight_bytes)
 
 
@@ -126,15 +127,15 @@ def _check(module: nn.Module, example: tuple[Any, ...], name: str) -> tuple[Tens
     return tuple(tensor.detach().contiguous() for tensor in tensors)
 
 
-def _agree(found: Sequence[Tensor], wanted: Sequence[Tensor], name: str) -> None:
+def _agree(found: Sequence[Tensor], wanted: Sequence[Tensor], name: str, agreement: float) -> None:
     """Raises EngineError where a converted graph is another function than the module."""
     for ours, theirs in zip(found, wanted, strict=True):
         far = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-6) if ours.shape == theirs.shape else torch.inf
         # Whole numbers are indices: one choice between equals moves many of them.
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype or (theirs.is_floating_point() and not far <= AGREEMENT):
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype or (theirs.is_floating_point() and not far <= agreement):
             raise EngineError(
                 f"{name}, whose converted graph gives {tuple(ours.shape)} {ours.dtype}, {float(far):.3g} away from eager",
-                wanted=f"{tuple(theirs.shape)} {theirs.dtype}, within {AGREEMENT}",
+                wanted=f"{tuple(theirs.shape)} {theirs.dtype}, within {agreement}",
                 do="Choose another back-end, and report the operator.",
             )
 

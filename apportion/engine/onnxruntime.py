@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from apportion.engine.exported import Run, missing
+from apportion.engine.exported import AGREEMENT, Run, missing
 
 OPSET = 20  # from 23 on attention is one operator, whose mask onnxruntime 1.31 does not broadcast over queries: merged tokens need that
 aten = torch.ops.aten
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 class OnnxRuntime:
     """Raises EngineError where a package is missing."""
 
-    suffix = ".onnx"
+    suffix, agreement = ".onnx", AGREEMENT
 
     def __init__(self) -> None:
         try:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from apportion.engine.exported import Run, missing
+from apportion.engine.exported import AGREEMENT, Run, missing
 
 
 @final
 class OpenVINO:
     """Raises EngineError where the package is missing."""
 
-    suffix = ".xml"
+    suffix, agreement = ".xml", AGREEMENT
 
     def __init__(self) -> None:
         try:
