@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apportion.errors import Refused
 from apportion.network import Network
+from apportion.vocab import Path
 
 ABSOLUTE, RELATIVE = 1e-5, 1e-4
 BATCHES = (1, 3)
@@ -30,16 +31,17 @@ def verify(
 ) -> Verified:
     """Compare in float32 on `batches` of the rows of each example: as they are, and with shaken weights.
 
-    Shaken: every vector and embedding of a copy of the source is multiplied by 0.5 to 1.5 and moved a little, then the copy is read again, so that
-    a LayerScale of one or a bias of zero that was forgotten shows. A sample may be off by 1e-5 + 1e-4 of its largest output.
+    Shaken: every vector of a copy of the source is multiplied by 0.5 to 1.5 and moved a little, and every matrix that hardly counts is made to, then the
+    copy is read again: so a LayerScale of one, a bias of zero or a table of zeros that was forgotten shows, also through a head that was born small.
+    A sample may be off by 1e-5 + 1e-4 of its largest output.
     Raises Refused with the figures. Cost: one copy of the source, one more network, four forward passes for each batch of each example.
     """
     plain = copy.deepcopy(source).float().cpu().eval()
     runs = [example[:batch] for example in examples for batch in sorted({min(batch, len(example)) for batch in batches})]
-    figures = [_compare(plain, network, inputs, "as it is") for inputs in runs]
+    figures = [compare(plain, network, inputs, "as it is") for inputs in runs]
     _shake(plain, seed)
     shaken = reread(plain)
-    figures += [_compare(plain, shaken, inputs, "with shaken weights") for inputs in runs]
+    figures += [compare(plain, shaken, inputs, "with shaken weights") for inputs in runs]
     return Verified(max(figure.max_abs for figure in figures), max(figure.max_rel for figure in figures))
 
 
@@ -48,12 +50,18 @@ def _shake(model: nn.Module, seed: int) -> None:
     for parameter in model.parameters():
         if parameter.ndim == 1 or parameter.shape[0] == 1:
             parameter.mul_(torch.rand(parameter.shape, generator=generator) + 0.5).add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+            continue
+        wanted = parameter[0].numel() ** -0.5  # what makes outputs about as large as inputs
+        if parameter.square().mean().sqrt() < wanted / 4:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * wanted)
 
 
-def _compare(source: nn.Module, network: Network, inputs: Tensor, what: str) -> Verified:
+@torch.no_grad()
+def compare(source: nn.Module, network: Network, inputs: Tensor, what: str, path: Path | None = None) -> Verified:
+    """How far apart the two are on these inputs, along the full path where none is named. Raises Refused with the figures where that is too far."""
     was_training = network.training
     network.eval()
-    wanted, got = source(inputs), network(inputs, network.space.full)
+    wanted, got = source(inputs), network(inputs, path or network.space.full)
     if not torch.is_tensor(wanted) or wanted.shape != got.shape:
         shape = tuple(wanted.shape) if torch.is_tensor(wanted) else type(wanted).__name__
         raise Refused(f"outputs {tuple(got.shape)} for {shape} of the source", wanted="the same shape", do="Use a model whose head gives one row per sample.")

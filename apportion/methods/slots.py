@@ -64,6 +64,12 @@ class Norm(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+class Nested(Norm, Protocol):
+    """A norm that takes any prefix of its channels."""
+
+    def permute(self, order: Tensor) -> None: ...
+
+
 class Residual(Protocol):
     def __call__(self, x: Tensor, branch: Tensor) -> Tensor: ...
 

@@ -13,7 +13,8 @@ class Architecture:
     """Shape and flavour of a dense encoder for images, or for texts where `words` is not 0 (then `image_size` and `patch` are).
 
     `eps` is that of all norms; `classes` 0 means that the head returns the pooled features. A path's token counts are stated at `length` tokens; a
-    shorter text keeps the same share. With `global_every` above 1, block i has a `window` and `rotary_local` unless i is a multiple of it.
+    shorter text keeps the same share. With `global_every` above 1, block i has a `window` and `rotary_local` unless i is a multiple of it. For images, rotary
+    and relative positions are those of rows and columns, and `relative_buckets` is (2 * side - 1) ** 2 + 3 for a grid of side by side patches.
     """
 
     image_size: int
@@ -40,7 +41,7 @@ class Architecture:
     final_norm: bool = True
     head_norm: bool = False  # a norm after pooling
     head_bias: bool = True
-    pool: Literal["class_token", "mean", "attention_pool"] = "class_token"
+    pool: Literal["class_token", "mean", "attention_pool", "distilled"] = "class_token"
     norm_bias: bool = True
     first_norm: bool = True  # False: no norm before the first mixer (ModernBERT)
     gated: bool = False  # GeGLU, SwiGLU: hidden units multiplied by those of a third layer
@@ -61,10 +62,23 @@ class Architecture:
     positions: int = 0  # rows of learned positions; 0: none
     position_offset: int = 0  # the first that is used
     token_types: int = 0
+    learned_positions: bool = True  # of patches
+    rotary_start: float = 0.0  # coordinate of the first row and column of patches: the angle of a patch is a coordinate times a rate
+    rotary_step: float = 1.0  # from one row or column to the next
+    norm_branch: bool = False  # the norm stands on the branch, before it is added; `norm_first` is False then
+    mixer_norm: bool = False  # a norm over all heads together, before they are projected
+    ffn_norm: bool = False  # a norm over the hidden units
+    pool_heads: int = 0  # of an attention pool; 0: heads
+    pool_hidden: int = 0  # 0: hidden
 
     @property
     def tokens(self) -> int:
-        return self.length if self.words else (self.image_size // self.patch) ** 2 + self.prefix
+        return self.length if self.words else self.grid**2 + self.prefix
+
+    @property
+    def grid(self) -> int:
+        """Patches on a side; 0 for texts."""
+        return 0 if self.words else self.image_size // self.patch
 
     @property
     def prefix(self) -> int:

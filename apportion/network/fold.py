@@ -23,7 +23,7 @@ from apportion.network.model import Network
 from apportion.network.surgery import Change
 from apportion.vocab import Step, Tokens
 
-PROBE = 16  # tokens beside the prefix: enough for a wrong fold to show in double precision
+PROBE = 16  # tokens beside the prefix, at most: enough for a wrong fold to show in double precision
 Product = DenseWeight | nn.Linear | nn.Conv2d
 Probe = tuple[Tokens] | tuple[Tokens, Step]
 
@@ -82,11 +82,12 @@ def fold(network: Network, *, mean: Sequence[float] | None = None, std: Sequence
 def _units(network: Network) -> Iterator[tuple[str, nn.Module, list[Probe]]]:
     """Every part in which factors and products meet, with inputs that exercise it; the final norm lies in none of them."""
     a, device = network.architecture, next(network.parameters()).device
-    n = a.prefix + PROBE
+    count = min(PROBE, a.tokens - a.prefix)
+    n = a.prefix + count
     x = torch.randn(2, n, a.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
     tokens = Tokens(x, x.new_ones(2, n), torch.arange(n, device=device).expand(2, n), a.prefix)
     for i, block in enumerate(network.blocks):
-        keep = n - PROBE // 4 if block.reducer.reduces else n  # pyright: ignore
+        keep = n - count // 4 if block.reducer.reduces else n  # pyright: ignore
         ends = [(keep, 0), (n, -1)]
         yield f"blocks.{i}", block, [(tokens, Step(i, left, block.mixer.choices[end], block.ffn.choices[end])) for left, end in ends]  # pyright: ignore
     yield "head", network.head, [(tokens,)]
@@ -210,7 +211,7 @@ def _with_normalisation(tokeniser: nn.Module, mean: Sequence[float] | None, std:
 def _merge_prefix(tokeniser: PatchTokeniser) -> None:
     """Class and register tokens with their positions are one constant: the sum is the one that the forward pass would make."""
     first, position = tokeniser.first, tokeniser.position
-    assert first is not None
+    assert first is not None and position is not None
     first += position[: tokeniser.prefix]
     tokeniser.position = nn.Parameter(position[tokeniser.prefix :].clone(), requires_grad=position.requires_grad)
     tokeniser.position_prefix = False

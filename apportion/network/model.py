@@ -59,7 +59,7 @@ def tokeniser(a: Architecture) -> Any:
         dim=a.dim,
         class_token=a.class_token,
         registers=a.registers,
-        position_prefix=a.position_prefix,
+        position_prefix=a.position_prefix if a.learned_positions else None,
         bias=a.patch_bias,
         stem=a.stem,
         norm=layer_norm(a) if a.stem_norm else nn.Identity(),
@@ -81,7 +81,7 @@ def projection(a: Architecture) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Mixer, reducer, FFN; each in its slot, with the norm before the branch (pre-norm) or after the sum (post-norm)."""
+    """Mixer, reducer, FFN; each in its slot, with the norm before the branch (pre-norm), after the sum (post-norm) or on the branch (res-post-norm)."""
 
     def __init__(self, a: Architecture, index: int = 0) -> None:
         super().__init__()
@@ -91,10 +91,13 @@ class Block(nn.Module):
         def inner(wanted: bool) -> nn.Module:
             return layer_norm(a, channels) if wanted else nn.Identity()
 
+        def nested(wanted: bool, width: int) -> nn.Module | None:
+            return find("norm", "nested")(width, eps=a.eps, bias=a.norm_bias) if wanted else None
+
         def residual() -> nn.Module:
             return find("residual", "layerscale")(a.dim) if a.layer_scale else find("residual", "plain")()
 
-        self.norm_first = a.norm_first
+        self.norm_first, self.norm_branch = a.norm_first, a.norm_branch
         self.norm1, self.norm2 = layer_norm(a) if a.first_norm or index else nn.Identity(), layer_norm(a)
         self.mixer = find("mixer", "attention")(
             heads=a.heads,
@@ -106,6 +109,10 @@ class Block(nn.Module):
             rotary=a.rotary if everywhere else a.rotary_local,
             window=0 if everywhere else a.window,
             relative=a.relative_buckets,
+            grid=a.grid,
+            start=a.rotary_start,
+            step=a.rotary_step,
+            norm=nested(a.mixer_norm, a.dim),
         )
         self.reducer = find("reducer", "keep_all")()
         self.ffn = find("ffn", "dense")(
@@ -114,18 +121,26 @@ class Block(nn.Module):
             act=activation(a.activation),
             hidden=a.hidden,
             gate=linear(a.dim, a.hidden, bias=a.ffn_bias) if a.gated else None,
+            norm=nested(a.ffn_norm, a.hidden),
         )
         self.residual1, self.residual2 = residual(), residual()
         self.adapter = find("adapter", "none")()
 
     def forward(self, tokens: Tokens, step: Step, notes: Notes | None = None, real: Tensor | None = None) -> Tokens:
-        before, after = (self.norm1, nn.Identity()) if self.norm_first else (nn.Identity(), self.norm1)
-        mixed = self.mixer(tokens._replace(x=before(tokens.x)), step.heads, notes)
-        tokens = tokens._replace(x=after(self.residual1(tokens.x, mixed.out)))
+        mixed = self.mixer(tokens._replace(x=self._before(self.norm1, tokens.x)), step.heads, notes)
+        tokens = tokens._replace(x=self._sum(self.norm1, self.residual1, tokens.x, mixed.out))
         tokens = self.reducer(tokens, step.tokens, mixed, notes) if real is None else self.reducer(tokens, step.tokens, mixed, notes, real)
-        before, after = (self.norm2, nn.Identity()) if self.norm_first else (nn.Identity(), self.norm2)
-        x = before(tokens.x)
-        return tokens._replace(x=after(self.residual2(tokens.x, self.adapter(x, self.ffn(x, step.width, notes)))))
+        x = self._before(self.norm2, tokens.x)
+        return tokens._replace(x=self._sum(self.norm2, self.residual2, tokens.x, self.adapter(x, self.ffn(x, step.width, notes))))
+
+    def _before(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return norm(x) if self.norm_first else x
+
+    def _sum(self, norm: nn.Module, residual: nn.Module, x: Tensor, branch: Tensor) -> Tensor:
+        if self.norm_branch:
+            return residual(x, norm(branch))
+        x = residual(x, branch)
+        return x if self.norm_first else norm(x)
 
     def macs(self, before: int, step: Step, prefix: int) -> int:
         return (
@@ -146,7 +161,11 @@ class Network(nn.Module):
         self.blocks = nn.ModuleList(Block(a, index) for index in range(a.depth))
         self.depth = find("depth", "every")()
         self.norm = layer_norm(a) if a.final_norm else nn.Identity()
-        extra = {"heads": a.heads, "hidden": a.hidden, "act": activation(a.activation), "pool_norm": layer_norm(a)} if a.pool == "attention_pool" else {}
+        extra = (
+            {"heads": a.pool_heads or a.heads, "hidden": a.pool_hidden or a.hidden, "act": activation(a.activation), "pool_norm": layer_norm(a)}
+            if a.pool == "attention_pool"
+            else {}
+        )
         self.head = find("head", a.pool)(
             norm=layer_norm(a) if a.head_norm else nn.Identity(),
             project=projection(a),

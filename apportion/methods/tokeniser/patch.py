@@ -16,7 +16,7 @@ from apportion.vocab import Card, Tokens
 
 
 class PatchTokeniser(nn.Module):
-    """`stem` maps the image to (b, d, rows, columns); positions cover the patches, and the prefix too where `position_prefix` says so."""
+    """`stem` maps the image to (b, d, rows, columns); positions cover the patches, and the prefix too where `position_prefix` says so; None: no positions."""
 
     card = Card("ViT patch embedding", "Dosovitskiy et al. 2021", "2010.11929", None, exact=True, needs="nothing")
 
@@ -29,7 +29,7 @@ class PatchTokeniser(nn.Module):
         dim: int,
         class_token: bool,
         registers: int,
-        position_prefix: bool,
+        position_prefix: bool | None,
         bias: bool,
         stem: str,
         norm: nn.Module,
@@ -40,8 +40,9 @@ class PatchTokeniser(nn.Module):
         self.prefix = int(class_token) + registers
         self.project = _conv_stem(channels, patch, dim) if stem == "conv" else nn.Conv2d(channels, dim, patch, patch, bias=bias)
         self.first = nn.Parameter(torch.empty(self.prefix, dim).normal_(std=0.02)) if self.prefix else None
-        self.position_prefix = position_prefix and self.prefix > 0
-        self.position = nn.Parameter(torch.empty(self.grid**2 + self.position_prefix * self.prefix, dim).normal_(std=0.02))
+        self.position_prefix = bool(position_prefix) and self.prefix > 0
+        rows = self.grid**2 + self.position_prefix * self.prefix
+        self.position = None if position_prefix is None else nn.Parameter(torch.empty(rows, dim).normal_(std=0.02))
         self.norm = norm
 
     def forward(self, inputs: Tensor, patch: int) -> Tokens:
@@ -55,10 +56,11 @@ class PatchTokeniser(nn.Module):
             )
         x = self.project(inputs).flatten(2).transpose(1, 2)
         b = x.shape[0]
+        if self.position is not None and not self.position_prefix:
+            x = x + self.position
         if self.first is not None:
-            first = self.first.expand(b, -1, -1)
-            x = torch.cat((first, x), 1) + self.position if self.position_prefix else torch.cat((first, x + self.position), 1)
-        else:
+            x = torch.cat((self.first.expand(b, -1, -1), x), 1)
+        if self.position is not None and self.position_prefix:
             x = x + self.position
         n = x.shape[1]
         return Tokens(self.norm(x), x.new_ones(b, n), torch.arange(n, device=x.device).expand(b, n), self.prefix)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.testing import assert_close
 
+from apportion.methods import find
 from tests.conftest import images, tiny
+
+FACTS = {"image_size": 16, "channels": 3, "patch": 4, "dim": 32, "class_token": True, "registers": 0, "position_prefix": None, "bias": True, "stem": "patch"}
 
 
 def test_each_token_is_its_square_projected_plus_its_position():
@@ -26,3 +30,11 @@ def test_what_stands_in_front_does_not_depend_on_the_image():
 
 def test_the_convolutional_stem_lands_on_the_same_grid():
     assert tiny("conv_stem").tokeniser.project(images(2)).shape[-2:] == (4, 4)
+
+
+def test_without_learned_positions_a_token_is_its_square_alone():
+    tokeniser, plain = tiny("registers").tokeniser, tiny("registers").tokeniser
+    plain.position = None
+    tokens = plain(images(2), 4)
+    assert_close(tokens.x[:, 4:], tokeniser(images(2), 4).x[:, 4:] - tokeniser.position, rtol=1e-4, atol=1e-5)
+    assert find("tokeniser", "patch")(**FACTS, norm=nn.Identity()).position is None
