@@ -11,6 +11,7 @@ from torch import Tensor
 
 from apportion.control.labels import stable_correct
 from apportion.errors import ControlError
+from apportion.methods.mix import mix
 from apportion.vocab import Path, Space
 
 Blocks = tuple[int, ...]
@@ -38,8 +39,9 @@ def candidates(space: Space, glance: int) -> list[Path]:
         + [build(every, schedule, full_size) for schedule in tokens]
         + [build(every, tokens[0], size) for size in sizes]
     )
+    blended = [space.path(width=(space.width[-1],) * glance + widths) for widths in _blends(space, glance)]
     mixed = [build(*choice) for choice in product([every, *shorter], tokens[:4], [full_size, *sizes[:2]])]
-    return [*(path for path in dict.fromkeys(alone + mixed) if path != space.full), space.full]
+    return [*(path for path in dict.fromkeys(alone + blended + mixed) if path != space.full), space.full]
 
 
 def _share(count: int, part: float) -> int:
@@ -91,6 +93,15 @@ def _sizes(space: Space) -> list[tuple[int, int]]:
     fewer = [(near(space.heads, part), width) for part in (0.5, 0.75)]
     both = (near(space.heads, 0.5), near(space.width, 0.5))
     return [size for size in dict.fromkeys([*narrowed, *fewer, both]) if size != (heads, width)]
+
+
+def _blends(space: Space, glance: int) -> list[tuple[int, ...]]:
+    """Widths that differ from block to block (mix'n'match): rising, as networks nested in training want them, and falling, as others do."""
+    steps = space.depth - glance
+    if len(space.width) < 2:
+        return []
+    rising = [mix(space.width, steps, round(part * steps * space.width[-1])) for part in (0.6, 0.75)]
+    return [widths for blend in rising for widths in (blend, blend[::-1])]
 
 
 def choose_rungs(accuracy: Tensor, cost: Tensor, limit: int, *, gap: float = 0.04, floor: float = 0.5, correct: Tensor | None = None) -> list[int]:

@@ -55,12 +55,12 @@ def add_at(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
 def reduce(tokens: Tokens, kept: Tensor, gone: Tensor, into: Tensor) -> Tokens:
     """Keep rows `kept` (b, k) in that order; add each row of `gone` (b, r) to the kept row at position `into` (b, r), weighted by size.
 
-    Sum of size * value is unchanged. All indices include the prefix, which must come first in `kept`.
+    Sum of size * value is unchanged; what is made of padding alone (size 0) is 0. All indices include the prefix, which must come first in `kept`.
     """
     x, size, origin, prefix = tokens
     weighted = x * size[..., None]
     new_size = add_at(take(size, kept), into, take(size, gone))
-    new_x = add_at(take(weighted, kept), into, take(weighted, gone)) / new_size[..., None]
+    new_x = add_at(take(weighted, kept), into, take(weighted, gone)) / torch.where(new_size > 0, new_size, 1)[..., None]
     place = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
     place = place.scatter(1, kept, torch.arange(kept.shape[1], device=x.device).expand_as(kept)).scatter(1, gone, into)
     return Tokens(new_x, new_size, place.gather(1, origin), prefix)
