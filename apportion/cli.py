@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path as File
 from typing import Annotated, Any
 
@@ -45,7 +45,8 @@ if not out.is_terminal:
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else there.")]
 BackendName = Annotated[str, typer.Option("--backend", help="inductor (compiled, fast) or eager (starts at once).")]
 Folder = Annotated[File, typer.Argument(help="The folder of a bundle.")]
-Data = Annotated[str, typer.Option("--data", help="An image folder, an .npz file, or `digits`.")]
+Data = Annotated[str, typer.Option("--data", help="An image folder, an .npz file or `digits`; for texts a .csv, .tsv or .jsonl file, or a folder of them.")]
+Columns = Annotated[str | None, typer.Option(help="Other names of the columns in tables of texts: text=sentence,label=intent,pair=second.")]
 
 
 def tell(text: str) -> None:
@@ -56,6 +57,18 @@ def tell(text: str) -> None:
 def line(text: Text) -> None:
     """One line on standard error, however long, and without markup."""
     err.print(text, highlight=False, soft_wrap=True)
+
+
+def named(columns: str | None) -> dict[str, str] | None:
+    """Pairs of a column and its name. Raises PlanError."""
+    from apportion.errors import PlanError
+
+    if columns is None:
+        return None
+    entries = [entry.split("=", 1) for entry in columns.split(",")]
+    if any(len(entry) != 2 for entry in entries):
+        raise PlanError(f"columns {columns!r}", wanted="such as text=sentence,label=intent", do="Correct them.")
+    return {column.strip(): name.strip() for column, name in entries}
 
 
 def show(data: Any, table: Callable[[], Table], as_json: bool) -> None:
@@ -99,7 +112,7 @@ def summary(figures: dict[str, Any], report: Any) -> Table:
 
 @app.command()
 def adapt(
-    model: Annotated[str, typer.Argument(help="timm:NAME, a .safetensors file, or `scratch` to train a small one on the data first.")],
+    model: Annotated[str, typer.Argument(help="timm:NAME, a .safetensors file, a text classifier's folder, or `scratch` to train on the data first.")],
     data: Data,
     to: Annotated[File, typer.Option("--out", help="Where the bundle goes.")] = File("adapted"),
     tolerance: Annotated[float | None, typer.Option(help="Percentage points of accuracy that may be lost.")] = None,
@@ -108,6 +121,8 @@ def adapt(
     plan: Annotated[File | None, typer.Option(help="A plan in TOML; the options above come on top of it.")] = None,
     timm_name: Annotated[str | None, typer.Option(help="The timm model that a .safetensors file belongs to.")] = None,
     random: Annotated[bool, typer.Option("--random", help="Untrained weights, to try the way without a download.")] = False,
+    length: Annotated[int | None, typer.Option(help="Tokens that texts are cut to; without it as many as the model takes, up to 512.")] = None,
+    columns: Columns = None,
     backend: BackendName = "inductor",
     as_json: Json = False,
 ) -> None:
@@ -129,7 +144,19 @@ def adapt(
         shape = Architecture(image_size=32, patch=4, dim=96, depth=6, heads=3, hidden=384, classes=1, stem="conv")
         recipe = Recipe(epochs=10, batch=wanted.batch, seed=wanted.seed)
         source, preprocess, images = verbs.scratch(data, recipe=recipe, architecture=shape, folder=to / "training" / "dense", tell=tell)
-    weighed = verbs.adapt(source, images, plan=wanted, out=to, timm_name=timm_name, random=random, preprocess=preprocess, backend=compiler, tell=tell)
+    weighed = verbs.adapt(
+        source,
+        images,
+        plan=wanted,
+        out=to,
+        timm_name=timm_name,
+        random=random,
+        preprocess=preprocess,
+        length=length,
+        columns=named(columns),
+        backend=compiler,
+        tell=tell,
+    )
     show(weighed.figures, lambda: summary(dict(weighed.figures), weighed.report), as_json)
 
 
@@ -151,15 +178,16 @@ def demo(
 @app.command()
 def run(
     folder: Folder,
-    inputs: Annotated[list[File], typer.Argument(help="Pictures, or folders of them.")],
+    inputs: Annotated[list[str], typer.Argument(help="Pictures, or folders of them; for a model of texts tables of them, or texts as they stand.")],
     budget: Annotated[str | None, typer.Option(help="0.5x, 12ms or 2GMACs per input; with < before it, a cap.")] = None,
+    columns: Columns = None,
     backend: BackendName = "eager",
     as_json: Json = False,
 ) -> None:
-    """Label, path and cost of each picture. One that does not decode is named, the others are answered, and the exit code is 5."""
+    """Label, path and cost of each picture or text. One that cannot be read is named, the others are answered, and the exit code is 5."""
     from apportion import verbs
 
-    rows, skipped = verbs.run(folder, inputs, budget=budget, backend=verbs.backend(backend))
+    rows, skipped = verbs.run(folder, inputs, budget=budget, columns=named(columns), backend=verbs.backend(backend))
     found = {"answers": rows, "skipped": [{"file": file, "why": why} for file, why in skipped]}
     lines = [[row["file"], row["label"], f"{row['probability']:.3f}", row["path"], f"{row['gmacs']:.4f}"] for row in rows]
     show(found, lambda: grid(str(folder), ["file", "label", "probability", "path", "GMACs"], lines), as_json)
@@ -171,19 +199,17 @@ def run(
 
 
 @app.command()
-def bench(folder: Folder, data: Data, backend: BackendName = "inductor", repeats: int = 30, as_json: Json = False) -> None:
+def bench(folder: Folder, data: Data, columns: Columns = None, backend: BackendName = "inductor", repeats: int = 30, as_json: Json = False) -> None:
     """Measure a bundle on this device, dense and adaptive in turn, and write the times into it."""
     from apportion import verbs
 
-    weighed = verbs.bench(folder, data, backend=verbs.backend(backend), repeats=repeats, tell=tell)
+    weighed = verbs.bench(folder, data, columns=named(columns), backend=verbs.backend(backend), repeats=repeats, tell=tell)
     show(weighed.figures, lambda: summary(dict(weighed.figures), weighed.report), as_json)
 
 
 @app.command()
 def report(folder: Folder, as_json: Json = False) -> None:
     """The frontier of a bundle, and where its page with pictures is."""
-    from dataclasses import asdict
-
     from apportion.deliver.adapted import load
 
     places = load(folder, backend="eager").frontier()
@@ -204,6 +230,29 @@ def systems(name: Annotated[str | None, typer.Argument(help="A method; all of th
     rows = verbs.systems(name)
     lines = [[row["name"], row["slot"], row["axis"] or "", row["needs"], row["source"], row["arxiv"], row["title"]] for row in rows]
     show(rows, lambda: grid("methods", ["name", "slot", "axis", "needs", "source", "arXiv", "title"], lines), as_json)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="timm:NAME, a .safetensors file, or a text encoder's folder.")],
+    timm_name: Annotated[str | None, typer.Option(help="The timm model that a .safetensors file belongs to.")] = None,
+    random: Annotated[bool, typer.Option("--random", help="Untrained weights, to look without a download.")] = False,
+    image_size: Annotated[int | None, typer.Option(help="Side of the images, where it is to be another than the model's own.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a text at full.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a model is read as: its parts with parameters and GMACs, the axes that can adapt, and what is refused and why. Nothing is trained or measured."""
+    from apportion import verbs
+
+    found = verbs.inspect(model, timm_name=timm_name, random=random, image_size=image_size, length=length)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    parts = [[part.name, part.what, f"{part.parameters:,}", f"{part.gmacs:.4f}", f"{100 * part.share:.1f}"] for part in found.parts]
+    axes = [[offer.axis, offer.slot, offer.method, ", ".join(map(str, offer.choices)), offer.needs, offer.refused or offer.remark] for offer in found.offers]
+    out.print(grid(model, ["", ""], [list(row) for row in found.recognised]))
+    out.print(grid("parts", ["part", "methods", "parameters", "GMACs", "%"], parts))
+    out.print(grid("axes", ["axis", "slot", "method", "choices", "needs", "remark"], axes))
 
 
 @app.command()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path as File
 from typing import Any, get_args
 
@@ -17,55 +18,26 @@ from apportion.control.complexity import Complexity
 from apportion.control.policy import Policy
 from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.bundle import Bundle, Rung
+from apportion.deliver.costs import Profile, mean_macs, profile
 from apportion.deliver.weighing import Weighed, weigh
 from apportion.engine import Backend, never_slower
 from apportion.errors import ControlError, DataError, EngineError, PlanError
-from apportion.intake import ImageSet, Preprocess, Source, read_images, read_model
-from apportion.intake.images import decode
+from apportion.intake import Feed, Parts, Preprocess, Samples, Source, Tokenise, matched, opened, read_model, reader
 from apportion.measure.doctor import device, fingerprint
+from apportion.measure.inspect import Inspection, inspected
 from apportion.measure.outcomes import measure_outcomes
 from apportion.network import Architecture, Network, put, sort_by_importance
-from apportion.train import Images, Recipe, dense, fit, sandwich
+from apportion.train import Data, Images, Recipe, Texts, dense, fit, sandwich
 from apportion.vocab import Ladder, Outcomes, Plan
 
 Tell = Callable[[str], None]
 BATCH = 100  # rows at a time while tables are measured
-CONTROL_ROWS = 4000  # images that control learns from and is placed on, where all are free for it
 CERTIFIED_BUDGETS = 9  # tested one after the other, from the full path's down to the one that was placed
 TRIAL_ROWS = 500  # on which every candidate path is tried; the chosen few are measured on all rows
 
 
 def silent(text: str) -> None:
     """Progress for nobody."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Disjoint images for each purpose: to teach the network, to teach the controller, to place it, to report on, once, and to certify the tolerance on."""
-
-    teach: ImageSet | None
-    decide: ImageSet
-    place: ImageSet
-    report: ImageSet
-    certify: ImageSet | None = None  # for a plan that asks for confidence
-
-    @classmethod
-    def read(cls, data: str | File, *, seed: int, teach: bool = True, certify: bool = False, tell: Tell = silent) -> Parts:
-        """The test images are for the report; of the others a fifth is held out for control, or where nothing is taught all, as far as CONTROL_ROWS goes.
-
-        Of what is held out half certifies where that is asked for.
-        """
-
-        def skip(file: str, why: str) -> None:
-            tell(f"left out {file}: {why}")
-
-        if teach:
-            taught, held = read_images(data, split="train", on_skip=skip).split(0.2, seed=seed)
-        else:
-            taught, held = None, read_images(data, split="train", limit=CONTROL_ROWS, on_skip=skip)
-        held, kept = held.split(0.5, seed=seed + 1) if certify else (held, None)
-        decide, place = held.split(0.5, seed=seed)
-        return cls(taught, decide, place, read_images(data, split="test", on_skip=skip), kept)
 
 
 def adapt(
@@ -78,7 +50,9 @@ def adapt(
     out: str | File | None = None,
     timm_name: str | None = None,
     random: bool = False,
-    preprocess: Preprocess | None = None,
+    preprocess: Feed | None = None,
+    length: int | None = None,
+    columns: Mapping[str, str] | None = None,
     backend: Backend = "inductor",
     buckets: Sequence[int] = (1, 8, 32),
     repeats: int = 30,
@@ -87,21 +61,26 @@ def adapt(
     """Read a trained model, make it adapt its compute to each input, weigh the result and, with `out`, write the bundle and its report there.
 
     `tolerance` is in percentage points of accuracy (of agreement with the model, where the data has no labels); with `confidence`, such as 0.9, it is certified
-    on images that nothing else saw. Raises the errors of the rooms it visits: Refused for a model that cannot be read exactly, DataError for data,
-    ControlError where no budget holds the tolerance, or the images are too few to certify it.
+    on samples that nothing else saw. A model of texts is the folder of a text classifier as transformers writes it: texts are cut to `length` tokens, and
+    `columns` says what the columns "text", "label" and, for a second text, "pair" are called in the data. Raises the errors of the rooms it visits: Refused for
+    a model that cannot be read exactly, DataError for data, ControlError where no budget holds the tolerance, or the samples are too few to certify it.
     """
     plan = plan or Plan()
     plan = plan if tolerance is None else replace(plan, tolerance=tolerance)
     plan = plan if confidence is None else replace(plan, confidence=confidence)
     tell(f"reading {model if not isinstance(model, nn.Module) else type(model).__name__}")
-    source = read_model(model, timm_name=timm_name, random=random, preprocess=preprocess)
-    parts = data if isinstance(data, Parts) else Parts.read(data, seed=plan.seed, teach=plan.epochs > 0, certify=plan.confidence > 0, tell=tell)
-    for images in (parts.decide, parts.place, parts.report, *((parts.certify,) if parts.certify else ())):
-        images.check(source.network.architecture.classes)
+    source = read_model(model, timm_name=timm_name, random=random, preprocess=preprocess, length=length)
+    feed = source.feed or source.tokenise
+    if not isinstance(data, Parts):
+        read = reader(feed, source.classes, columns)
+        data = Parts.read(data, seed=plan.seed, teach=plan.epochs > 0, certify=plan.confidence > 0, tell=tell, read=read)
+    source, parts = matched(source, data), data
+    parts.check(source.network.architecture.classes)
     reference = copy.deepcopy(source.network).eval().requires_grad_(False)
-    taught = prepare(source.network, parts, source.preprocess, plan, folder=None if out is None else File(out) / "training", tell=tell)
+    feed = source.feed or source.tokenise
+    taught = prepare(source.network, parts, feed, plan, folder=None if out is None else File(out) / "training", tell=tell)
     adapted, seen = control(taught, reference, parts, source, plan, backend=backend, buckets=buckets, tell=tell)
-    dense_correct = outcomes(reference, Ladder((reference.space.full,), 0), parts.report, source.preprocess).correct[:, 0]
+    dense_correct = outcomes(reference, Ladder((reference.space.full,), 0), parts.report, feed).correct[:, 0]
     weighed = weigh(adapted, reference, parts.report, seen, dense_correct, repeats=repeats, tell=tell)
     if plan.never_slower and (faster := fast_enough(weighed, tell=tell)) is not None:
         adapted, seen = control(taught, reference, parts, source, plan, ladder=faster, backend=backend, buckets=buckets, tell=tell)
@@ -124,26 +103,27 @@ def scratch(
     torch.manual_seed(recipe.seed)
     network = Network(replace(architecture, classes=len(images.classes)))
     tell(f"training {architecture.depth} blocks of width {architecture.dim} on {len(images)} images")
-    fit(network, _tensors(images, preprocess), dense(label_smoothing=recipe.label_smoothing), recipe=recipe, folder=folder)
+    fit(network, _memory(images, preprocess), dense(label_smoothing=recipe.label_smoothing), recipe=recipe, folder=folder)
     return network, preprocess, parts
 
 
-def prepare(network: Network, parts: Parts, preprocess: Preprocess, plan: Plan, *, folder: File | None, tell: Tell) -> Network:
+def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: File | None, tell: Tell) -> Network:
     """The plan's methods in their slots, units in order of importance, and the paths taught where the plan gives epochs to it."""
     for choice in plan.choices:
         put(network, choice)
-    images = parts.decide if parts.teach is None else parts.teach
-    some = images.rows(range(min(256, len(images))))
+    samples = parts.decide if parts.teach is None else parts.teach
+    some = samples.rows(range(min(256, len(samples))))
     tell("sorting units by importance")
-    sort_by_importance(network, (inputs for inputs, _ in some.batches(BATCH, preprocess)))
+    sort_by_importance(network, (inputs for inputs, _ in some.batches(BATCH, feed)))
     if plan.epochs > 0:
         if parts.teach is None:
-            raise PlanError(f"{plan.epochs} epochs and no images to teach with", wanted="training images", do="Give some, or set epochs to 0.")
+            raise PlanError(f"{plan.epochs} epochs and nothing to teach with", wanted="training samples", do="Give some, or set epochs to 0.")
         teacher = copy.deepcopy(network).eval()
         tell(f"teaching the paths for {plan.epochs} epochs")
-        recipe = Recipe(epochs=plan.epochs, batch=plan.batch, learning_rate=plan.learning_rate, seed=plan.seed, crop_padding=max(1, preprocess.size // 8))
+        crop = max(1, feed.size // 8) if isinstance(feed, Preprocess) else 0
+        recipe = Recipe(epochs=plan.epochs, batch=plan.batch, learning_rate=plan.learning_rate, seed=plan.seed, crop_padding=crop)
         objective = sandwich(candidates(network.space, plan.glance), teacher=teacher)
-        fit(network, _tensors(parts.teach, preprocess), objective, recipe=recipe, folder=folder)
+        fit(network, _memory(parts.teach, feed), objective, recipe=recipe, folder=folder)
     return network.eval().requires_grad_(False)
 
 
@@ -163,13 +143,13 @@ def fast_enough(weighed: Weighed, *, tell: Tell) -> Ladder | None:
     return Ladder(tuple(bundle.ladder.paths[rung] for rung in gate.served), bundle.ladder.glance) if gate.dropped else None
 
 
-def choose_ladder(network: Network, reference: Network, images: ImageSet, preprocess: Preprocess, plan: Plan, *, tell: Tell) -> Ladder:
-    """Try every candidate path on some images and keep the few that are worth serving."""
-    trial = images.rows(range(min(TRIAL_ROWS, len(images))))
+def choose_ladder(network: Network, reference: Network, samples: Samples, feed: Feed, plan: Plan, over: Profile, *, tell: Tell) -> Ladder:
+    """Try every candidate path on some samples and keep the few that are worth serving."""
+    trial = samples.rows(range(min(TRIAL_ROWS, len(samples))))
     every = candidates(network.space, plan.glance)
-    tell(f"trying {len(every)} paths on {len(trial)} images")
-    tried = sorted(every, key=network.macs)
-    table = outcomes(network, Ladder(tuple(tried), plan.glance), trial, preprocess, reference=reference)
+    tell(f"trying {len(every)} paths on {len(trial)} {'texts' if isinstance(feed, Tokenise) else 'images'}")
+    tried = sorted(every, key=lambda path: mean_macs(network, path, over))
+    table = outcomes(network, Ladder(tuple(tried), plan.glance), trial, feed, reference=reference, over=over)
     chosen = choose_rungs(table.correct.double().mean(0), table.cost, plan.rungs, correct=table.correct)
     return Ladder(tuple(tried[index] for index in chosen), plan.glance)
 
@@ -187,34 +167,37 @@ def control(
     tell: Tell,
 ) -> tuple[Adapted, Outcomes]:
     """Choose the paths to serve (where no ladder is given), learn to decide between them, and find the operating point that holds the tolerance."""
-    ladder = ladder or choose_ladder(network, reference, parts.decide, source.preprocess, plan, tell=tell)
+    feed = source.feed or source.tokenise
+    over = profile(network, parts.place, feed)
+    ladder = ladder or choose_ladder(network, reference, parts.decide, feed, plan, over, tell=tell)
     tell(f"learning to decide between {len(ladder.paths)} paths")
-    one, _ = next(parts.decide.rows([0]).batches(1, source.preprocess))
+    one, _ = next(parts.decide.rows([0]).batches(1, feed))
     decision = decision_macs(network.glance(ladder.glance)(one)[1].shape[1], len(ladder.paths))
-    fitted, placed = (outcomes(network, ladder, images, source.preprocess, decision=decision, reference=reference) for images in (parts.decide, parts.place))
+    fitted, placed = (outcomes(network, ladder, part, feed, decision=decision, reference=reference, over=over) for part in (parts.decide, parts.place))
     # The tolerance is against the model that was read, so what healing gave or took at full counts too.
-    before = outcomes(reference, Ladder((reference.space.full,), 0), parts.place, source.preprocess)
+    before = outcomes(reference, Ladder((reference.space.full,), 0), parts.place, feed)
     lost = 100 * (before.correct.double().mean() - placed.correct[:, -1].double().mean()).item()
     first, controller, point = settle(fitted, placed, plan.tolerance - lost, seed=plan.seed)
     ladder = Ladder(ladder.paths[first:], plan.glance)
     tell(f"operating at {point.mean_cost:.3f} of the full path, on {len(ladder.paths)} paths")
     certificate = None
     if plan.confidence > 0:
-        certificate = certified(network, reference, ladder, controller, parts, source.preprocess, plan, least=point.budget)
+        certificate = certified(network, reference, ladder, controller, parts, feed, plan, over, least=point.budget)
         tell(f"certified at {certificate.mean_cost:.3f} of the full path: at most {plan.tolerance:g} points lost, with confidence {plan.confidence:g}")
-    gmacs = rung_gmacs(network, ladder, controller)
-    seen = outcomes(network, ladder, parts.report, source.preprocess, decision=controller.macs, reference=reference)
+    shared = network.glance(ladder.glance).macs() + controller.macs
+    gmacs = [(mean_macs(network, path, over) + shared) / 1e9 for path in ladder.paths]
+    seen = outcomes(network, ladder, parts.report, feed, decision=controller.macs, reference=reference, over=over)
     accuracy = seen.correct.double().mean(0).tolist()
     bundle = Bundle(
         network=network,
         ladder=ladder,
         controller=controller,
-        preprocess=source.preprocess,
+        preprocess=feed,
         plan=plan,
         budget=point.budget if certificate is None else certificate.budget,
         rungs=tuple(Rung(g, a) for g, a in zip(gmacs, accuracy, strict=True)),
         frontier=tuple(frontier(controller, seen, torch.linspace(gmacs[0] / gmacs[-1] + 1e-3, 1.0, 12).tolist())),
-        dense_gmacs=reference.macs(reference.space.full) / 1e9,
+        dense_gmacs=mean_macs(reference, reference.space.full, over) / 1e9,
         classes=named(tuple(source.classes or parts.report.classes), network.architecture.classes),
         certificate=certificate,
         provenance={
@@ -227,13 +210,13 @@ def control(
 
 
 def certified(
-    network: Network, reference: Network, ladder: Ladder, controller: Controller, parts: Parts, preprocess: Preprocess, plan: Plan, *, least: float
+    network: Network, reference: Network, ladder: Ladder, controller: Controller, parts: Parts, feed: Feed, plan: Plan, over: Profile, *, least: float
 ) -> Certificate:
-    """The cheapest budget from `least` on at which the drop against `reference` is certified; PlanError where there are no images for it."""
+    """The cheapest budget from `least` on at which the drop against `reference` is certified; PlanError where there are no samples for it."""
     if parts.certify is None:
-        raise PlanError(f"confidence {plan.confidence:g} and no images to certify on", wanted="images that nothing else saw", do="Give Parts some.")
-    table = outcomes(network, ladder, parts.certify, preprocess, decision=controller.macs, reference=reference)
-    before = outcomes(reference, Ladder((reference.space.full,), 0), parts.certify, preprocess).correct[:, 0]
+        raise PlanError(f"confidence {plan.confidence:g} and nothing to certify on", wanted="samples that nothing else saw", do="Give Parts some.")
+    table = outcomes(network, ladder, parts.certify, feed, decision=controller.macs, reference=reference, over=over)
+    before = outcomes(reference, Ladder((reference.space.full,), 0), parts.certify, feed).correct[:, 0]
     return certify(
         lambda budget: decide(controller, table, budget),
         table,
@@ -273,18 +256,24 @@ def learned(fit: Outcomes, held: Outcomes, *, seed: int) -> Controller:
     return fit_controller(joined(fit, held), fit_rows=rows[: len(fit.correct)], calibrate_rows=rows[len(fit.correct) :], seed=seed)
 
 
-def outcomes(network: Network, ladder: Ladder, images: ImageSet, preprocess: Preprocess, *, decision: int = 0, reference: Network | None = None) -> Outcomes:
-    """The table of these images along the paths of the ladder; costs are closed-form multiply-adds with the glance's, as shares of the full path.
+def outcomes(
+    network: Network, ladder: Ladder, samples: Samples, feed: Feed, *, decision: int = 0, reference: Network | None = None, over: Profile | None = None
+) -> Outcomes:
+    """The table of these samples along the paths of the ladder; costs are closed-form multiply-adds with the glance's, as shares of the full path.
 
     `decision`: multiply-adds of the controller. Without labels, right is what `reference` answers, or where there is none the ladder's own full path.
+    `over`: how texts are spread over lengths; costs are means over it.
     """
     rungs = [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths]
     glance = network.glance(ladder.glance)
-    cost = torch.tensor([network.macs(path) + glance.macs() + decision for path in ladder.paths], dtype=torch.float64)
-    batches = images.batches(BATCH, preprocess)
-    if images.labels is None and reference is not None:
+    cost = torch.tensor([mean_macs(network, path, over) + glance.macs() + decision for path in ladder.paths], dtype=torch.float64)
+    sizes = samples.sizes(feed)
+    order = None if sizes is None else sizes.argsort(stable=True)  # texts of one length share a batch
+    batches = (samples if order is None else samples.rows(order)).batches(BATCH, feed)
+    if samples.labels is None and reference is not None:
         batches = ((inputs, reference(inputs, reference.space.full).argmax(-1)) for inputs, _ in batches)
-    return measure_outcomes(glance, rungs, batches, cost=(cost / cost[-1]).float())
+    table = measure_outcomes(glance, rungs, batches, cost=(cost / cost[-1]).float())
+    return table if order is None else table.rows(order.argsort())
 
 
 def decision_macs(features: int, rungs: int) -> int:
@@ -302,28 +291,31 @@ def joined(first: Outcomes, second: Outcomes) -> Outcomes:
     return Outcomes(**columns, cost=first.cost)
 
 
-def rung_gmacs(network: Network, ladder: Ladder, controller: Controller) -> list[float]:
-    """GMACs of every rung with all that the decision costs."""
-    decision = network.glance(ladder.glance).macs() + controller.macs
-    return [(network.macs(path) + decision) / 1e9 for path in ladder.paths]
-
-
-def _tensors(images: ImageSet, preprocess: Preprocess) -> Images:
-    """All images in memory, preprocessed."""
-    batches: Iterator[tuple[Tensor, Tensor | None]] = images.batches(BATCH, preprocess)
-    return Images(torch.cat([inputs for inputs, _ in batches]), images.labels)
+def _memory(samples: Samples, feed: Feed) -> Data:
+    """All samples in memory, as inputs."""
+    if isinstance(feed, Tokenise):
+        inputs, labels = next(samples.batches(len(samples), feed))
+        return Texts(inputs, labels, padding=feed.padding)
+    return Images(torch.cat([inputs for inputs, _ in samples.batches(BATCH, feed)]), samples.labels)
 
 
 def bench(
-    folder: str | File, data: str | File, *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32), repeats: int = 30, tell: Tell = silent
+    folder: str | File,
+    data: str | File,
+    *,
+    columns: Mapping[str, str] | None = None,
+    backend: Backend = "inductor",
+    buckets: Sequence[int] = (1, 8, 32),
+    repeats: int = 30,
+    tell: Tell = silent,
 ) -> Weighed:
-    """Measure a bundle again, on this device and these images, and write the times and the report into it. The dense model is its full path, undecided."""
+    """Measure a bundle again, on this device and this data, and write the times and the report into it. The dense model is its full path, undecided."""
     adapted = load(folder, backend=backend, buckets=buckets)
-    bundle = adapted.bundle
-    images = read_images(data, split="test")
-    images.check(bundle.network.architecture.classes)
-    seen = outcomes(bundle.network, bundle.ladder, images, bundle.preprocess, decision=bundle.controller.macs)
-    weighed = weigh(adapted, bundle.network, images, seen, seen.correct[:, -1], repeats=repeats, tell=tell)
+    bundle, feed = adapted.bundle, adapted.bundle.preprocess
+    samples = reader(feed, bundle.classes or None, columns)(data, split="test")
+    samples.check(bundle.network.architecture.classes)
+    seen = outcomes(bundle.network, bundle.ladder, samples, feed, decision=bundle.controller.macs, over=profile(bundle.network, samples, feed))
+    weighed = weigh(adapted, bundle.network, samples, seen, seen.correct[:, -1], repeats=repeats, tell=tell)
     weighed.adapted.save(folder, extra=weighed.files())
     return weighed
 
@@ -338,37 +330,33 @@ def demo(out: str | File, *, epochs: float = 20.0, backend: Backend = "inductor"
 
 
 def run(
-    folder: str | File, inputs: Sequence[File], *, budget: str | None = None, backend: Backend = "eager"
+    folder: str | File, inputs: Sequence[str | File], *, budget: str | None = None, columns: Mapping[str, str] | None = None, backend: Backend = "eager"
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """Label, probability, path and GMACs of each picture among files and folders, and the files that could not be read, each with the reason."""
+    """Label, probability, path and GMACs of each picture among files and folders, or of each text, and what could not be read, each with the reason."""
     adapted, rows, skipped = load(folder, backend=backend), list[dict[str, Any]](), list[tuple[str, str]]()
-    files = [file for entry in inputs for file in _files(entry)]
-    for start in range(0, len(files), BATCH):
-        some = []
-        for file in files[start : start + BATCH]:
-            try:
-                some.append((file, decode(file)))
-            except DataError as error:
-                skipped.append((str(file), error.found.removeprefix(f"{file}: ")))
+    given = opened(inputs, adapted.bundle.preprocess, columns)
+    while part := list(islice(given, BATCH)):
+        skipped += [(name, why) for name, _, why in part if why]
+        some = [(name, one) for name, one, why in part if not why]
         if not some:
             continue
-        answer = adapted([picture for _, picture in some], budget)
+        answer = adapted([one for _, one in some], budget)
         top = answer.logits.softmax(-1).max(-1)
-        for (file, _), label, probability, rung, gmacs in zip(
+        for (file, one), label, probability, rung, gmacs in zip(
             some, top.indices.tolist(), top.values.tolist(), answer.path.tolist(), answer.cost.tolist(), strict=True
         ):
             name = adapted.bundle.classes[label] if adapted.bundle.classes else str(label)
-            rows.append({"file": str(file), "label": name, "probability": probability, "path": adapted.bundle.ladder.paths[rung].name, "gmacs": gmacs})
+            text = {"text": one} if isinstance(one, str | tuple) else {}
+            path = adapted.bundle.ladder.paths[rung].name
+            rows.append({"file": file, **text, "label": name, "probability": probability, "path": path, "gmacs": gmacs})
     return rows, skipped
 
 
-def _files(entry: File) -> list[File]:
-    if not entry.exists():
-        raise DataError(f"no file or folder {entry}", wanted="pictures", do="Check the path.")
-    files = sorted(file for file in entry.rglob("*") if file.is_file()) if entry.is_dir() else [entry]
-    if not files:
-        raise DataError(f"no file in {entry}", wanted="pictures", do="Check the path.")
-    return files
+def inspect(
+    model: str | File | nn.Module, *, timm_name: str | None = None, random: bool = False, image_size: int | None = None, length: int | None = None
+) -> Inspection:
+    """What a model is read as, and which axes of it can adapt; nothing is trained or measured. Raises as `read_model` does."""
+    return inspected(read_model(model, timm_name=timm_name, random=random, image_size=image_size, length=length).network)
 
 
 def systems(name: str | None = None) -> list[dict[str, Any]]:

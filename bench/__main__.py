@@ -1,4 +1,4 @@
-"""`python -m bench cifar|control|deit|tables|all --data FOLDER`: measure again what is committed under `results/`."""
+"""`python -m bench cifar|control|joint|deit|peers|text|models|tables|all --data FOLDER`: measure again what is committed under `results/`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,51 @@ def deit(
 
 
 @app.command()
+def text(
+    data: Data,
+    model: Annotated[File, typer.Option(help="The folder of all-MiniLM-L6-v2, as sentence-transformers writes it.")],
+    runs: File = File("runs/text"),
+    sets: str = "sst2,banking77",
+    repeats: int = 12,
+) -> None:
+    """A pretrained MiniLM-L6 on sentences, fine-tuned by us, dense against adaptive."""
+    from bench import text as bench
+
+    bench.main(data, model, runs, sets=sets.split(","), repeats=repeats)
+
+
+@app.command()
 def control(data: Data, runs: File = File("runs/cifar")) -> None:
     """Deciding: made-up populations with a known optimum, and the networks that `cifar` trained."""
     from bench import control as bench
 
     bench.main(data, runs)
+
+
+@app.command()
+def joint(data: Data, runs: File = File("runs/cifar")) -> None:
+    """Network and policy taught together, on the networks that `cifar` trained."""
+    from bench import joint as bench
+
+    bench.main(data, runs)
+
+
+@app.command()
+def peers(
+    data: Data, model: Annotated[File, typer.Option(help="DeiT-Tiny's weights, timm names, safetensors.")], runs: File = File("runs/deit"), repeats: int = 15
+) -> None:
+    """What else one could do with a DeiT-Tiny: other run times, INT8, static cuts, merging at a fixed rate, exits that mask."""
+    from bench import peers as bench
+
+    bench.main(data, model, runs, repeats=repeats)
+
+
+@app.command()
+def models() -> None:
+    """docs/models.md: which models are read, and which are refused."""
+    from bench import models as bench
+
+    bench.main()
 
 
 @app.command()
@@ -49,7 +89,10 @@ def tables() -> None:
 def everything(data: Data, model: Annotated[File, typer.Option(help="DeiT-Tiny's weights.")] = File("deit_tiny.safetensors")) -> None:
     """Every committed result, then the tables."""
     cifar(data)
+    control(data)
+    joint(data)
     deit(data, model)
+    peers(data, model)
     tables()
 
 

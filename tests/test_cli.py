@@ -298,3 +298,16 @@ def test_a_random_timm_model_needs_no_network(tmp_path: File) -> None:
     """As far as reading: the model is made and proven, and the data is what is found wrong."""
     with pytest.raises(DataError, match="nowhere"):
         verbs.adapt("timm:vit_tiny_patch16_224", str(tmp_path / "nowhere"), random=True)
+
+
+def test_inspect_says_what_a_model_is_and_what_can_adapt() -> None:
+    found = shell("inspect", "timm:vit_tiny_patch16_224", "--random", "--image-size", 64, "--json")
+    assert found.exit_code == 0, found.output
+    said = json.loads(found.stdout)
+    assert ["inputs", "images of 64 x 64 in patches of 16"] in said["recognised"]
+    assert len(said["parts"]) == 14 and sum(part["share"] for part in said["parts"]) == pytest.approx(1)
+    assert {"tokens", "width", "heads", "depth"} <= {offer["axis"] for offer in said["offers"] if not offer["refused"]}
+    table = shell("inspect", "timm:vit_tiny_patch16_224", "--random")
+    assert table.exit_code == 0 and "5,717,416" in table.stdout and "tome" in table.stdout
+    refused = shell("inspect", "timm:swin_tiny_patch4_window7_224", "--random")
+    assert refused.exit_code == 4 and "Swin" in refused.stderr

@@ -1,4 +1,4 @@
-"""The adaptive model as a user holds it: call it on images, ask it what it costs, save it."""
+"""The adaptive model as a user holds it: call it on images or texts, ask it what it costs, save it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from apportion.control import Controller
 from apportion.deliver import bundle as disk
 from apportion.deliver.bundle import Bundle
-from apportion.engine import Backend, Engine
+from apportion.deliver.costs import Ledger
+from apportion.engine import Backend, Engine, Lengths
 from apportion.errors import BundleError, PlanError
+from apportion.intake import Tokenise
 from apportion.measure.doctor import fingerprint
 from apportion.vocab import Answer, Budget, Tokens
 
-Inputs = Tensor | np.ndarray | Sequence[Image.Image]
+Inputs = Tensor | np.ndarray | Sequence[Image.Image] | Sequence[str] | Sequence[tuple[str, str]]
 
 
 @final
@@ -52,24 +54,41 @@ class Adapted:
     """A trained network that gives each input the compute it needs.
 
     `model(images)` takes uint8 pictures (an array (n, rows, columns, 3) or a list of PIL images), or a float tensor (n, 3, side, side) that has been
-    preprocessed already. The first call builds every graph, unless `warm` did; none is built after that.
+    preprocessed already. A model of texts takes a list of them, or of pairs where it learned from pairs, or their tokens as the tokeniser makes them.
+    The first call builds every graph, unless `warm` did; none is built after that.
     """
 
-    def __init__(self, bundle: Bundle, *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32), engine: Engine | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32), engine: Engine | Lengths | None = None) -> None:
         """`engine`: one that was built for this very bundle and is to be used again."""
         self.bundle, self.buckets = bundle, tuple(buckets)
         self.backend: Backend = backend
         network, ladder = bundle.network, bundle.ladder
         self.decide = Decide(network.glance(ladder.glance), bundle.controller)
         self.rungs = [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths]
-        self.engine = engine or Engine(
-            decide=self.decide,
-            rungs=self.rungs,
-            gmacs=torch.tensor([rung.gmacs for rung in bundle.rungs]),
-            buckets=buckets,
-            backend=backend,
-            input_shape=(network.architecture.channels, network.architecture.image_size, network.architecture.image_size),
-        )
+        self.ledger = Ledger.of(bundle)
+        self.engine = engine or self._engine()
+
+    def _engine(self) -> Engine | Lengths:
+        a, feed = self.bundle.network.architecture, self.bundle.preprocess
+
+        def engine(gmacs: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Engine:
+            return Engine(
+                decide=self.decide,
+                rungs=self.rungs,
+                gmacs=gmacs.float(),
+                buckets=self.buckets,
+                backend=self.backend,
+                input_shape=shape,
+                dtype=dtype,
+                fill=fill,
+            )
+
+        if not isinstance(feed, Tokenise):
+            return engine(self.ledger.rungs[0], (a.channels, a.image_size, a.image_size), torch.float32)
+        word = int(feed.padding == 0)  # any that is not the padding
+        forms = {length: (2, length) if feed.pairs else (length,) for length in self.ledger.lengths}
+        engines = {length: engine(gmacs, forms[length], torch.int64, word) for length, gmacs in zip(forms, self.ledger.rungs, strict=True)}
+        return Lengths(engines, padding=feed.padding)
 
     def warm(self, progress: Callable[[str], None] | None = None) -> int:
         """Build every graph; returns how many there are."""
@@ -78,30 +97,40 @@ class Adapted:
     def __call__(self, images: Inputs, budget: str | float | Budget | None = None) -> Answer:
         """Answers, path and cost (GMACs) for each image, at the bundle's operating point or at `budget`. Raises PlanError for a budget out of reach."""
         self.warm()
-        inputs = images if isinstance(images, Tensor) else self.bundle.preprocess(images)
-        mean, cap = self.shares(budget)
-        return self.engine(inputs, budget=mean, cap=cap)
+        inputs = images if isinstance(images, Tensor) else self.bundle.preprocess(images)  # pyright: ignore[reportArgumentType]
+        if isinstance(self.engine, Engine):
+            mean, cap = self.shares(budget)
+            return self.engine(inputs, budget=mean, cap=cap)
+        present = self.engine.places(inputs).unique().tolist()
+        shares = {place: self.shares(budget, place) for place in present}
+        caps = [shares[place][1] if place in shares else float("inf") for place in range(len(self.ledger.lengths))]
+        return self.engine(inputs, budget=min((mean for mean, _ in shares.values()), default=1.0), cap=caps)
 
-    def shares(self, budget: str | float | Budget | None) -> tuple[float, float]:
-        """A budget as (mean, cap), both shares of the full path's cost."""
+    def shares(self, budget: str | float | Budget | None, place: int = 0) -> tuple[float, float]:
+        """A budget as (mean, cap), both shares of the full path's cost; of a text, of one of the length at this place in the ledger.
+
+        A mean in GMACs or ms is that of texts as the bundle was measured on. Raises PlanError where not even the cheapest path fits.
+        """
         if budget is None:
             return self.bundle.budget, float("inf")
         wanted = Budget.parse(budget)
-        share = self._share(wanted)
-        cheapest = self.bundle.rungs[0].gmacs / self.bundle.rungs[-1].gmacs
+        rungs = self.ledger.rungs[place].tolist() if wanted.cap else [rung.gmacs for rung in self.bundle.rungs]
+        share, cheapest = self._share(wanted, rungs[-1]), rungs[0] / rungs[-1]
         if share < cheapest:
             raise PlanError(f"budget {budget}", wanted=f"at least {cheapest:.3f}x, the cheapest path", do="Raise the budget.")
         if not wanted.cap:
             return min(share, 1.0), float("inf")
         # The controller knows costs without its own, to single precision: its cap is the dearest path within the true one.
-        within = sum(rung.gmacs / self.bundle.rungs[-1].gmacs <= share for rung in self.bundle.rungs)
+        within = next((place for place, gmacs in enumerate(rungs) if gmacs / rungs[-1] > share), len(rungs))
         return 1.0, float(self.bundle.controller.cost[within - 1])
 
-    def _share(self, budget: Budget) -> float:
+    def _share(self, budget: Budget, full: float) -> float:
         if budget.unit == "x":
             return budget.amount
         if budget.unit == "gmacs":
-            return budget.amount / self.bundle.rungs[-1].gmacs
+            return budget.amount / full
+        if budget.cap and isinstance(self.engine, Lengths):
+            raise PlanError("a cap in ms for texts", wanted="a cap in x or GMACs", do="Times were measured over texts of all lengths: state a mean in ms.")
         times = self.latency_ms(1)
         if times is None:
             raise BundleError(

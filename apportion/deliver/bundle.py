@@ -3,6 +3,7 @@
 plan.toml                  what was adapted and how, and what it takes to build the network again
 model.safetensors          the weights, once for all paths
 controller.safetensors     the weights of the decision
+tokenizer.json             how texts become tokens, where the model reads texts
 ladder.json                the served paths, the operating budget, accuracy and cost measured for each
 provenance.json            where it came from: source, versions, data, digests of the files above
 costs/<device>.json        milliseconds on one device, named by its fingerprint, sealed to the files above; a device may be added at any time
@@ -29,12 +30,13 @@ from torch import nn
 from apportion.control import Certificate, Controller
 from apportion.errors import ApportionError, BundleError, PlanError
 from apportion.files import write_atomic, write_json
-from apportion.intake import Preprocess
+from apportion.intake import Feed, Preprocess, Tokenise
 from apportion.network import Architecture, Network, put
 from apportion.vocab import Ladder, Path, Plan
 
 VERSION = 1
 CORE = ("plan.toml", "model.safetensors", "controller.safetensors", "ladder.json")
+WORDS = "tokenizer.json"
 AGAIN = "Copy the bundle again, or run `adapt` again."
 T = TypeVar("T")
 
@@ -82,14 +84,29 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """How texts are fed, beside tokenizer.json."""
+
+    length: Annotated[int, Field(gt=0)]
+    padding: int
+    pairs: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
-    """plan.toml, as a whole."""
+    """plan.toml, as a whole: `preprocess` for a model of images, `tokenise` for one of texts."""
 
     version: int
     plan: Plan
     architecture: Architecture
-    preprocess: Preprocess
     controller: Sizes
+    preprocess: Preprocess | None = None
+    tokenise: Tokens | None = None
+
+    def __post_init__(self) -> None:
+        if (self.preprocess is None) == (self.tokenise is None) or (self.tokenise is None) == bool(self.architecture.words):
+            kind = "tokenise" if self.architecture.words else "preprocess"
+            raise PlanError("preprocess and tokenise that do not fit the architecture", wanted=f"{kind}, and no other", do=AGAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +116,7 @@ class Bundle:
     network: Network
     ladder: Ladder
     controller: Controller
-    preprocess: Preprocess
+    preprocess: Feed
     plan: Plan
     budget: float
     rungs: tuple[Rung, ...]
@@ -116,7 +133,15 @@ def save(bundle: Bundle, folder: File, *, extra: Mapping[str, str] | None = None
 
     `extra` maps file names to text. Times of devices that the bundle does not know are removed: they were of a model that stood here before.
     """
-    settings = Settings(VERSION, bundle.plan, bundle.network.architecture, bundle.preprocess, Sizes(**bundle.controller.config()))
+    feed = bundle.preprocess
+    settings = Settings(
+        VERSION,
+        bundle.plan,
+        bundle.network.architecture,
+        Sizes(**bundle.controller.config()),
+        preprocess=feed if isinstance(feed, Preprocess) else None,
+        tokenise=Tokens(feed.length, feed.padding, feed.pairs) if isinstance(feed, Tokenise) else None,
+    )
     served = Served(
         glance=bundle.ladder.glance,
         paths=bundle.ladder.paths,
@@ -127,10 +152,13 @@ def save(bundle: Bundle, folder: File, *, extra: Mapping[str, str] | None = None
         classes=bundle.classes,
         certificate=bundle.certificate,
     )
-    contents = (tomli_w.dumps(_plain(asdict(settings))).encode(), _pack(bundle.network), _pack(bundle.controller), _json(asdict(served)))
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in zip(CORE, contents, strict=True)}
-    for name, content in zip(CORE, contents, strict=True):
+    parts = (tomli_w.dumps(_plain(asdict(settings))).encode(), _pack(bundle.network), _pack(bundle.controller), _json(asdict(served)))
+    contents = dict(zip(CORE, parts, strict=True)) | ({WORDS: feed.tokenizer.encode()} if isinstance(feed, Tokenise) else {})
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    for name, content in contents.items():
         write_atomic(folder / name, content)
+    if WORDS not in contents:
+        (folder / WORDS).unlink(missing_ok=True)  # of a model that stood here before
     for file in _tables(folder):
         if file.stem not in bundle.costs:
             file.unlink()
@@ -147,10 +175,7 @@ def load(folder: File) -> Bundle:
         raise BundleError(f"no folder {folder}", wanted="the folder of a bundle", do="Give the folder that `adapt` wrote.")
     provenance = _parse(folder / "provenance.json", _read(folder, "provenance.json"))
     digests = provenance.pop("sha256", None)
-    content = {name: _read(folder, name) for name in CORE}
-    for name, data in content.items():
-        if not isinstance(digests, dict) or hashlib.sha256(data).hexdigest() != digests.get(name):
-            raise BundleError(f"{folder / name}, altered since it was written", wanted="the file that provenance.json names", do=AGAIN)
+    content = {name: _vouched(folder, name, digests) for name in CORE}
     settings = _settings(content["plan.toml"], folder / "plan.toml")
     network, controller = _built(settings, folder / "plan.toml")
     served = validated(Served, _parse(folder / "ladder.json", content["ladder.json"]), folder / "ladder.json")
@@ -158,7 +183,7 @@ def load(folder: File) -> Bundle:
         network=_fill(network, content["model.safetensors"], folder / "model.safetensors"),
         ladder=_ladder(served, settings, network, folder / "ladder.json"),
         controller=_fill(controller, content["controller.safetensors"], folder / "controller.safetensors"),
-        preprocess=settings.preprocess,
+        preprocess=settings.preprocess or _tokenise(settings, _vouched(folder, WORDS, digests), folder / WORDS),
         plan=settings.plan,
         budget=served.budget,
         rungs=served.rungs,
@@ -195,6 +220,26 @@ def validated(kind: type[T], data: Any, where: File) -> T:
         place = ".".join(str(part) for part in first["loc"])
         entries = ", ".join(entry.name for entry in fields(kind))  # pyright: ignore[reportArgumentType]
         raise PlanError(f"{where}: {place} ({first['msg'].lower()})", wanted=f"the entries of {kind.__name__}: {entries}", do="Correct the file.") from error
+
+
+def _vouched(folder: File, name: str, digests: Any) -> bytes:
+    """The content of a file of the bundle, as it was written."""
+    data = _read(folder, name)
+    if not isinstance(digests, dict) or hashlib.sha256(data).hexdigest() != digests.get(name):
+        raise BundleError(f"{folder / name}, altered since it was written", wanted="the file that provenance.json names", do=AGAIN)
+    return data
+
+
+def _tokenise(settings: Settings, data: bytes, file: File) -> Tokenise:
+    """Raises PlanError where the package for it is missing or cannot read the file."""
+    found, a = settings.tokenise, settings.architecture
+    assert found is not None  # Settings has one of the two
+    if (found.length, found.padding) != (a.length, a.padding) or (found.pairs and a.token_types < 2):
+        raise BundleError(f"{file.parent / 'plan.toml'}: tokenise {asdict(found)}", wanted="what the architecture takes", do=AGAIN)
+    try:
+        return Tokenise(data.decode(), length=found.length, padding=found.padding, pairs=found.pairs)
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{file}: {error}", wanted="text in UTF-8", do=AGAIN) from error
 
 
 def _settings(data: bytes, file: File) -> Settings:

@@ -22,7 +22,7 @@ class Engine:
 
     `decide`: (inputs (b, ...), budget (), cap ()) -> (state, rung (b,) int64), where budget and cap are float32 scalars.
     `rungs[k]`: state -> logits (b, classes), the same classes on every rung. `gmacs`: (k,) per sample, controller included.
-    `input_shape`, `dtype`: of one sample, without the batch. The device is the one that the modules are on.
+    `input_shape`, `dtype`: of one sample, without the batch; graphs are built on inputs that are all `fill`. The device is the one that the modules are on.
     Memory of a call: the glance's states of its whole batch. Not for training: nothing here has a gradient.
 
     A sample's answer does not depend on its company, up to the rounding of a matrix product at another batch size
@@ -39,6 +39,7 @@ class Engine:
         backend: Backend = "inductor",
         input_shape: tuple[int, ...],
         dtype: torch.dtype = torch.float32,
+        fill: int = 0,
     ) -> None:
         check_backend(backend)
         if not rungs or gmacs.shape != (len(rungs),):
@@ -47,7 +48,7 @@ class Engine:
             raise EngineError(f"buckets {tuple(buckets)}", wanted="positive batch sizes, ascending", do="Use for example (1, 8, 32).")
         self._decide, self._rungs, self._gmacs = decide, tuple(rungs), gmacs
         self._backend: Backend = backend
-        self._buckets, self._shape, self._dtype = tuple(buckets), tuple(input_shape), dtype
+        self._buckets, self._shape, self._dtype, self._fill = tuple(buckets), tuple(input_shape), dtype, fill
         tensors = chain.from_iterable(part for module in (decide, *rungs) for part in (module.parameters(), module.buffers()))
         self._device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         self._graphs: dict[tuple[str, int], Graph] = {}
@@ -135,7 +136,7 @@ class Engine:
 
     def _examples(self) -> Iterator[tuple[tuple[str, int], nn.Module, tuple[Any, ...]]]:
         """What to build, decisions first: their output is what the rungs are built with."""
-        blank = torch.zeros(self._buckets[-1], *self._shape, dtype=self._dtype, device=self._device)
+        blank = torch.full((self._buckets[-1], *self._shape), self._fill, dtype=self._dtype, device=self._device)
         limits = self._limits(1.0, math.inf)
         for size in self._buckets:
             yield ("decide", size), self._decide, (blank[:size].contiguous(), *limits)

@@ -1,8 +1,25 @@
 """Readers: trained models and data come in here, exact or refused."""
 
 from apportion.intake.images import ImageSet, read_images
+from apportion.intake.inputs import opened
+from apportion.intake.parts import Feed, Parts, Samples, matched, reader
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.read import Source, read_model
 from apportion.intake.texts import TextSet, Tokenise, read_texts
 
-__all__ = ["ImageSet", "Preprocess", "Source", "TextSet", "Tokenise", "read_images", "read_model", "read_texts"]
+__all__ = [
+    "Feed",
+    "ImageSet",
+    "Parts",
+    "Preprocess",
+    "Samples",
+    "Source",
+    "TextSet",
+    "Tokenise",
+    "matched",
+    "opened",
+    "read_images",
+    "read_model",
+    "read_texts",
+    "reader",
+]

@@ -83,6 +83,9 @@ class ImageSet:
             part = self.images[rows.numpy()] if isinstance(self.images, np.ndarray) else [decode(self.images[i]) for i in rows.tolist()]
             yield preprocess(part), None if self.labels is None else self.labels[rows]
 
+    def sizes(self, preprocess: Preprocess) -> None:
+        """All are of one size."""
+
 
 def spread(labels: Tensor | None, order: Tensor, share: float) -> Tensor:
     """Bool (n,): `share` of the samples, every k-th in `order` within each class, so that no class is off by more than one."""

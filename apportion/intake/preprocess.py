@@ -43,6 +43,8 @@ class Preprocess:
         return x.sub_(torch.tensor(self.mean).view(3, 1, 1)).div_(torch.tensor(self.std).view(3, 1, 1)).contiguous()
 
     def _fit(self, image: Image.Image) -> Image.Image:
+        if not isinstance(image, Image.Image):
+            raise DataError(f"a {type(image).__name__}", wanted="a picture", do="Give pictures: this model reads no texts.")
         if image.mode != "RGB":
             raise DataError(f"an image of mode {image.mode}", wanted="RGB", do="Convert it with image.convert('RGB').")
         short = math.floor(self.size / self.crop)

@@ -68,17 +68,20 @@ def read_model(
 ) -> Source:
     """Read a model and prove that nothing was lost.
 
-    `model`: "timm:NAME" with its published weights (`random=True`: untrained weights from `seed`, with `num_classes` and `image_size` of one's own);
+    `model`: "timm:NAME" with its published weights (`random=True`: untrained weights from `seed`, with `num_classes` of one's own);
     a .safetensors file, or a folder with model.safetensors, of the timm model `timm_name` (or the "architecture" in a config.json beside it);
     a timm VisionTransformer; a Network, which needs `preprocess`; and for texts a folder as transformers or sentence-transformers writes it,
-    "hf:NAME@REVISION", or a transformers model. Their paths are stated at `length` tokens; an encoder without a head needs `pooling` ("mean", "class_token"
-    or "pooler") and is of length 1 with `unit`, unless its folder says so. Equality is tested on random inputs, and on `example` (rows of inputs) where given.
+    "hf:NAME@REVISION", or a transformers model. With `image_size` positions are resampled as timm does it, which may cost accuracy. Texts' paths are stated at
+    `length` tokens; an encoder without a head needs `pooling` ("mean", "class_token" or "pooler") and is of length 1 with `unit`, unless its folder says so.
+    Equality is tested on random inputs, and on `example` (rows of inputs) where given.
     Raises Refused for a model that cannot be read exactly or whose weights cannot be had, DataError for a bad file, PlanError for options that contradict
     each other.
     """
-    if (num_classes is not None or image_size is not None or random) and not (random and str(model).startswith("timm:")):
-        found = "num_classes, image_size or random for trained weights"
+    if (num_classes is not None or random) and not (random and str(model).startswith("timm:")):
+        found = "num_classes or random for trained weights"
         raise PlanError(found, wanted='"timm:NAME" with random=True', do="Leave them out: trained weights bring their own.")
+    if image_size is not None and (isinstance(model, Network) or _is_text(model)):
+        raise PlanError(f"image_size {image_size} for this model", wanted="a model of timm's that reads images", do="Leave it out.")
     if isinstance(model, Network):
         if preprocess is None:
             raise PlanError("a Network without preprocessing", wanted="preprocess=Preprocess(...)", do="Say how its inputs are made.")
@@ -95,7 +98,7 @@ def read_model(
         source, names, origin = model, None, {"source": f"{type(model).__module__}.{type(model).__qualname__}", **origin}
     elif str(model).startswith("timm:"):
         name = str(model).removeprefix("timm:")
-        source = _named(timm, name, random=random, seed=seed, num_classes=num_classes, image_size=image_size)
+        source = _named(timm, name, random=random, seed=seed, num_classes=num_classes, image_size=image_size if random else None)
         names = None if random else _imagenet(source)
         cfg = _config(source)
         origin = {"source": str(model), "random": random, "hub": cfg.get("hf_hub_id"), "license": cfg.get("license"), **origin}
@@ -104,6 +107,10 @@ def read_model(
         source, names = _local(timm, file, timm_name)
         with file.open("rb") as handle:
             origin = {"source": str(file), "sha256": hashlib.file_digest(handle, "sha256").hexdigest(), **origin}
+    if image_size is not None and not random:
+        from apportion.intake.timm_vit import resized
+
+        source, origin = resized(source, image_size), {**origin, "image_size": image_size}
     return _verified(source, preprocess, names, origin, example)
 
 
@@ -158,7 +165,7 @@ def _text(
         batches=(1, 3, 17),
     )
     if feed is None and tokenizer is not None:
-        feed = Tokenise(tokenizer, length=a.length, padding=a.padding, pairs=a.token_types > 1)
+        feed = Tokenise(tokenizer, length=a.length, padding=a.padding)
     return Source(network, feed, labels(source) if a.classes else None, verified, origin)
 
 

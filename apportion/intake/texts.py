@@ -7,9 +7,9 @@ import gzip
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path as File
-from typing import Any, Literal, final
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,60 +25,81 @@ SUFFIXES = (".csv", ".tsv", ".jsonl")
 HELD_OUT = 0.2
 
 
-@final
+@dataclass(frozen=True, slots=True)
 class Tokenise:
-    """Texts in, int64 ids (b, n) out, or (b, 2, n) with token types for pairs; n is the longest text's, or the smallest of `buckets` that holds it.
+    """Texts in, int64 ids (b, n) out, n that of the longest; with `pairs` (b, 2, n), ids and token types, and texts may be pairs of them.
 
     `tokenizer`: the content of a tokenizer.json. Texts are cut to `length`. Raises DataError for an empty text, one with the padding token in it, and a
-    pair where `pairs` is false; PlanError for a tokenizer that cannot be read or whose padding is another id.
+    pair where `pairs` is false; PlanError for a tokenizer that cannot be read or whose padding is another id, and without the package tokenizers.
     """
 
-    def __init__(self, tokenizer: str, *, length: int, padding: int, pairs: bool = False, buckets: Sequence[int] = ()) -> None:
+    tokenizer: str = field(repr=False)
+    length: int
+    padding: int
+    pairs: bool = False
+    _encoder: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
             raise PlanError(f"no tokenizers here ({error})", wanted="the package", do="Install the extra: pip install 'apportion[text]'.") from error
-        if buckets and (list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or buckets[-1] != length):
-            raise PlanError(f"buckets {tuple(buckets)}", wanted=f"ascending lengths up to {length}", do="Correct them.")
         try:
-            self._tokenizer = Tokenizer.from_str(tokenizer)
+            encoder = Tokenizer.from_str(self.tokenizer)
         except Exception as error:  # the package raises plain exceptions
             raise PlanError(f"a tokenizer that cannot be read ({str(error)[:200]})", wanted="the content of a tokenizer.json", do="Fetch it again.") from error
-        declared = self._tokenizer.padding
-        if declared is not None and declared["pad_id"] != padding:
-            raise PlanError(f"padding with id {declared['pad_id']}", wanted=f"{padding}, the model's", do="Take the tokenizer of this model.")
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(length)
-        self.tokenizer, self.length, self.padding, self.pairs, self.buckets = tokenizer, length, padding, pairs, tuple(buckets)
+        declared = encoder.padding
+        if declared is not None and declared["pad_id"] != self.padding:
+            raise PlanError(f"padding with id {declared['pad_id']}", wanted=f"{self.padding}, the model's", do="Take the tokenizer of this model.")
+        encoder.no_padding()
+        encoder.enable_truncation(self.length)
+        object.__setattr__(self, "_encoder", encoder)
 
     @classmethod
-    def from_file(cls, file: str | File, *, length: int, padding: int, pairs: bool = False, buckets: Sequence[int] = ()) -> Tokenise:
+    def from_file(cls, file: str | File, *, length: int, padding: int, pairs: bool = False) -> Tokenise:
         """The same from a tokenizer.json on disk."""
         try:
             content = File(file).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{file}: {error}", wanted="a tokenizer.json", do="Correct the path.") from error
-        return cls(content, length=length, padding=padding, pairs=pairs, buckets=buckets)
+        return cls(content, length=length, padding=padding, pairs=pairs)
 
-    def __call__(self, texts: Sequence[Text]) -> Tensor:
-        for row, text in enumerate(texts):
-            if _fault(text):
-                raise DataError(f"row {row}: {_fault(text)}", wanted="a text with words in it", do="Correct or remove it.")
-            if isinstance(text, tuple) and not self.pairs:
-                raise DataError(f"row {row}: a pair of texts", wanted="one text: this model tells no pairs apart", do="Join them, or take another model.")
-        found = self._tokenizer.encode_batch(list(texts))
-        for row, one in enumerate(found):
-            if not one.ids or self.padding in one.ids:
-                what = "the padding token in the text" if one.ids else "no token"
-                raise DataError(f"row {row}: {what}", wanted="words of the vocabulary", do="Correct or remove it.")
-        if not found:
-            raise DataError("no text", wanted="at least one", do="Give more.")
-        longest = max(len(one.ids) for one in found)
-        n = next((bucket for bucket in self.buckets if bucket >= longest), longest)
+    def __call__(self, texts: Sequence[Text], *, where: Sequence[str] = ()) -> Tensor:
+        """`where`: what to call each text in an error, such as its file and line."""
+        found = self._encoded(texts, where)
+        n = max(len(one.ids) for one in found)
         ids = torch.tensor([one.ids + [self.padding] * (n - len(one.ids)) for one in found])
-        if not any(isinstance(text, tuple) for text in texts):
+        if not self.pairs:
             return ids
         return torch.stack((ids, torch.tensor([one.type_ids + [0] * (n - len(one.ids)) for one in found])), 1)
+
+    def sizes(self, texts: Sequence[Text], *, where: Sequence[str] = ()) -> Tensor:
+        """How many tokens each text has, (b,)."""
+        return torch.tensor([len(one.ids) for one in self._encoded(texts, where)])
+
+    def spans(self, text: Text) -> list[tuple[int, int]]:
+        """First and last character of each token in its text; equal where a token stands for no letters."""
+        return self._encoded([text], ())[0].offsets
+
+    def _encoded(self, texts: Sequence[Text], where: Sequence[str]) -> list[Any]:
+        if isinstance(texts, str):
+            raise DataError("one string", wanted="a list of texts", do="Put it into a list.")
+
+        def refuse(row: int, found: str, wanted: str, do: str) -> DataError:
+            return DataError(f"{where[row] if where else f'row {row}'}: {found}", wanted=wanted, do=do)
+
+        for row, text in enumerate(texts):
+            if fault := _fault(text):
+                raise refuse(row, fault, "a text with words in it", "Correct or remove it.")
+            if isinstance(text, tuple) and not self.pairs:
+                raise refuse(row, "a pair of texts", "one text: pairs were not asked for", "Join them, or take a model and data of pairs.")
+        if not len(texts):
+            raise DataError("no text", wanted="at least one", do="Give more.")
+        found = self._encoder.encode_batch(list(texts))
+        for row, one in enumerate(found):
+            if not one.ids or self.padding in one.ids:
+                raise refuse(row, "the padding token in the text" if one.ids else "no token", "words of the vocabulary", "Correct or remove it.")
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +110,7 @@ class TextSet:
     labels: Tensor | None  # (n,) int64
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()  # file and row, why
+    where: tuple[str, ...] = ()  # file and row of each text
 
     def __post_init__(self) -> None:
         if self.labels is not None and len(self.labels) != len(self.texts):
@@ -97,10 +119,17 @@ class TextSet:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def pairs(self) -> bool:
+        """Whether any of them is a pair."""
+        return any(isinstance(text, tuple) for text in self.texts)
+
     def rows(self, index: Tensor | Sequence[int]) -> TextSet:
         """The same set with these rows only, in this order."""
         rows = torch.as_tensor(index, dtype=torch.int64)
-        return TextSet(tuple(self.texts[i] for i in rows.tolist()), None if self.labels is None else self.labels[rows], self.classes, self.skipped)
+        labels = None if self.labels is None else self.labels[rows]
+        texts, where = (tuple(of[i] for i in rows.tolist()) if of else () for of in (self.texts, self.where))
+        return TextSet(texts, labels, self.classes, self.skipped, where)
 
     def split(self, holdout: float, *, seed: int = 0) -> tuple[TextSet, TextSet]:
         """(rest, held out): `holdout` of the texts, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
@@ -115,14 +144,20 @@ class TextSet:
         bad = [] if self.labels is None else ((self.labels < 0) | (self.labels >= outputs)).nonzero().flatten().tolist()
         if bad:
             assert self.labels is not None
-            found = f"label {int(self.labels[bad[0]])} at row {bad[0]} ({len(bad)} such labels)"
+            place = self.where[bad[0]] if self.where else f"row {bad[0]}"
+            found = f"label {int(self.labels[bad[0]])} at {place} ({len(bad)} such labels)"
             raise DataError(found, wanted=f"0 to {outputs - 1}, as the network has {outputs} outputs", do="Give labels as the model numbers them.")
 
     def batches(self, batch: int, tokenise: Tokenise, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(inputs, labels) of `batch` texts and a shorter rest; in order, or shuffled by `seed`. Raises DataError for a text that has no tokens."""
         order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         for rows in order.split(batch):
-            yield tokenise([self.texts[i] for i in rows.tolist()]), None if self.labels is None else self.labels[rows]
+            some = self.rows(rows)
+            yield tokenise(some.texts, where=some.where), some.labels
+
+    def sizes(self, tokenise: Tokenise) -> Tensor:
+        """How many tokens each text has, (n,). Raises DataError for a text that has none."""
+        return tokenise.sizes(self.texts, where=self.where)
 
 
 def read_texts(
@@ -168,7 +203,7 @@ def read_texts(
     for where, why in bad if on_skip else ():
         assert on_skip is not None
         on_skip(where, why)
-    found = TextSet(tuple(row[1] for row in good), numbers, names, bad)
+    found = TextSet(tuple(row[1] for row in good), numbers, names, bad, tuple(row[0] for row in good))
     if split != "all" and not own:
         test = spread(found.labels, torch.arange(len(found)), HELD_OUT)
         found = found.rows((test if split == "test" else ~test).nonzero().flatten())

@@ -54,6 +54,15 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Passage:
+    """One text with its caption: pieces in order, each with whether it is marked."""
+
+    pieces: tuple[tuple[str, bool], ...]
+    caption: str
+    group: Literal["easiest", "hardest", "merged"]
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """How the controller decides: (stated chance, observed share, samples) of its promises, the share of each path among inputs from those it holds
     easiest to those it holds hardest (equal parts), and its mean cost between what no controller can beat and what needs none, as shares of the full path."""
@@ -78,6 +87,7 @@ class Report:
     shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     decision: Decision | None = None
     pictures: tuple[Picture, ...] = ()
+    passages: tuple[Passage, ...] = ()
     notes: tuple[str, ...] = ()
     conditions: Mapping[str, Text] = field(default_factory=dict)
 
@@ -142,6 +152,7 @@ def render(report: Report) -> str:
         decisions=[Markup(svg) for svg in _decisions(report.decision)],
         colours=ramp(len(report.paths)),
         groups=[(group, [picture for picture in report.pictures if picture.group == group]) for group in ("easiest", "hardest", "merged")],
+        texts=[(group, [passage for passage in report.passages if passage.group == group]) for group in ("easiest", "hardest", "merged")],
         png=png,
     )
 

@@ -17,8 +17,9 @@ def augment(inputs: Tensor, labels: Tensor | None, recipe: Recipe, step: int) ->
 
     inputs (b, c, h, w) float, normalised; with mixup labels (b,) become (b, classes). Raises PlanError where the inputs are no images.
     """
-    if inputs.ndim != 4 and (recipe.crop_padding or recipe.flip):
-        raise PlanError(f"inputs of shape {tuple(inputs.shape)}", wanted="images (b, c, h, w) to crop and flip", do="Set crop_padding=0 and flip=False.")
+    if (inputs.ndim != 4 and (recipe.crop_padding or recipe.flip)) or (not inputs.is_floating_point() and recipe.mixup):
+        do = "Set crop_padding=0, flip=False and mixup=0."
+        raise PlanError(f"inputs of shape {tuple(inputs.shape)}, {inputs.dtype}", wanted="images (b, c, h, w) to crop, flip and mix", do=do)
     generator = recipe.generator("augment", step)
     if recipe.crop_padding:
         inputs = crop(inputs, recipe.crop_padding, generator)

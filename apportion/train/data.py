@@ -15,6 +15,8 @@ from apportion.train.recipe import Recipe
 class Data(Protocol):
     """Samples by number. `batch` must give the same rows for the same numbers in every call: a resumed run relies on it."""
 
+    @property
+    def sizes(self) -> Tensor | None: ...  # (n,) what each takes, where samples differ: those of one batch are then alike
     def __len__(self) -> int: ...
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]: ...
 
@@ -25,6 +27,8 @@ class Images:
 
     uint8 is brought to 0..1 first, so `mean` and `std` are on that scale. Raises DataError for other shapes or dtypes.
     """
+
+    sizes = None
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, *, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> None:
         if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
@@ -44,14 +48,43 @@ class Images:
 
 
 @final
+class Texts:
+    """Texts held in memory as tokens, int64 (n, length) or with their types (n, 2, length), given out without the columns that are `padding` in all of a batch.
+
+    Raises DataError for other shapes or dtypes, and for labels that are not one for each.
+    """
+
+    def __init__(self, tokens: Tensor, labels: Tensor | None = None, *, padding: int) -> None:
+        if tokens.dtype != torch.int64 or not (tokens.ndim == 2 or (tokens.ndim == 3 and tokens.shape[1] == 2)):
+            raise DataError(f"tokens of shape {tuple(tokens.shape)}, {tokens.dtype}", wanted="int64 (n, length) or (n, 2, length)", do="Tokenise them.")
+        if labels is not None and len(labels) != len(tokens):
+            raise DataError(f"{len(labels)} labels", wanted=f"{len(tokens)}, one for each text", do="Bring texts and labels into line.")
+        self.tokens, self.labels = tokens, labels
+        ids = tokens if tokens.ndim == 2 else tokens[:, 0]
+        self.sizes = ((ids != padding) * torch.arange(1, ids.shape[1] + 1)).amax(1).clamp_min(1)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        longest = int(self.sizes[index].max())
+        return self.tokens[index, ..., :longest].contiguous(), None if self.labels is None else self.labels[index]
+
+
+POOL = 32
+"""Batches among which samples of one size are sought: enough to be alike, few enough that each epoch has other neighbours."""
+
+
+@final
 class Order:
     """Which samples a step sees: epochs are shuffled one by one and laid end to end, and step s takes the s-th run of `batch` of them.
 
-    Every sample is seen once in each epoch and no batch is cut short. The shuffles in use are kept, since making one takes as long as the whole data.
+    Every sample is seen once in each epoch and no batch is cut short. With `sizes` (n,), each POOL batches of a shuffle are sorted by size and then dealt
+    out batch by batch, in random order again. The shuffles in use are kept, since making one takes as long as the whole data.
     """
 
-    def __init__(self, recipe: Recipe, samples: int) -> None:
-        self.recipe, self.samples = recipe, samples
+    def __init__(self, recipe: Recipe, samples: int, sizes: Tensor | None = None) -> None:
+        self.recipe, self.samples, self.sizes = recipe, samples, sizes
         self._shuffled: dict[int, Tensor] = {}
 
     def __call__(self, step: int) -> Tensor:
@@ -63,4 +96,9 @@ class Order:
         return runs[start - epochs[0] * self.samples :][: self.recipe.batch]
 
     def _shuffle(self, epoch: int) -> Tensor:
-        return torch.randperm(self.samples, generator=self.recipe.generator("order", epoch))
+        generator = self.recipe.generator("order", epoch)
+        order = torch.randperm(self.samples, generator=generator)
+        if self.sizes is None:
+            return order
+        batches = [batch for pool in order.split(POOL * self.recipe.batch) for batch in pool[self.sizes[pool].argsort(stable=True)].split(self.recipe.batch)]
+        return torch.cat([batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()])

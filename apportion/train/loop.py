@@ -105,7 +105,7 @@ class _Run(Generic[N]):
         self.optimiser: torch.optim.Optimizer = find("optimiser", recipe.optimiser)(
             self.weights.items(), learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
-        self.order, self.steps = Order(recipe, len(data)), recipe.steps(len(data))
+        self.order, self.steps = Order(recipe, len(data), data.sizes), recipe.steps(len(data))
         shapes = [(name, list(weight.shape), str(weight.dtype)) for name, weight in self.weights.items()]
         self.digest = hashlib.sha256(json.dumps([recipe.digest, len(data), identity, shapes]).encode()).hexdigest()
         self.step, self.history = 0, list[Mark]()

@@ -121,15 +121,25 @@ def features(student: Seen, teacher: Seen) -> Tensor:
     distances = []
     for step, block in enumerate(student.path.blocks):
         x, size, origin = (student.notes[name][step] for name in ("feature", "size", "origin"))
-        distances.append((step + 1) * distance(x.float(), gathered(teacher.notes["feature"][place[block]].detach().float(), size, origin), size))
+        distances.append((step + 1) * distance(x.float(), gathered(sources(teacher, place[block]), size, origin), size))
     return torch.stack(distances).sum() / (steps * (steps + 1) / 2)
 
 
+def sources(teacher: Seen, step: int) -> Tensor:
+    """What the teacher, which is full, made of every source, (b, n0, d): its tokens, for images.
+
+    The tokens of a text lie otherwise than its sources: padding comes last, is worth nothing here, and one source more stands for no token.
+    """
+    x, size, origin = (teacher.notes[name][step].detach() for name in ("feature", "size", "origin"))
+    n = x.shape[1]
+    return x.float() if origin.shape[1] == n else F.pad(ops.take(x.float() * size[..., None], origin[:, :n]), (0, 0, 0, 1))
+
+
 def gathered(x: Tensor, size: Tensor, origin: Tensor) -> Tensor:
-    """Means (b, n, d) of the source tokens x (b, n0, d) that went into each of n tokens; x itself where nothing was merged."""
+    """Means (b, n, d) of the source tokens x (b, n0, d) that went into each of n tokens, 0 for padding (size 0); x itself where nothing was merged."""
     if size.shape == origin.shape:
         return x
-    return ops.add_at(x.new_zeros(*size.shape, x.shape[-1]), origin, x) / size[..., None]
+    return ops.add_at(x.new_zeros(*size.shape, x.shape[-1]), origin, x) / torch.where(size > 0, size, 1)[..., None]
 
 
 def distance(x: Tensor, target: Tensor, size: Tensor) -> Tensor:

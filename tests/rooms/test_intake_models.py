@@ -416,6 +416,15 @@ def test_untrained_by_name():
     assert source.provenance["random"] is True and source.verified is not None and source.verified.max_rel < 1e-5
 
 
+def test_trained_weights_at_another_size():
+    model = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5)
+    source = read_model(model, image_size=48, preprocess=Preprocess(48, (0.5,) * 3, (0.5,) * 3))
+    assert source.network.architecture.tokens == 37 and source.provenance["image_size"] == 48 and source.verified is not None
+    assert model.patch_embed.img_size == (32, 32)
+    with pytest.raises(PlanError, match="image_size 48"):
+        read_model(source.network, image_size=48, preprocess=source.preprocess)
+
+
 def test_weights_that_cannot_be_had(monkeypatch):
     def offline(*args, **options):
         raise ConnectionError("no route")

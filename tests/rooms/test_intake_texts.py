@@ -102,15 +102,17 @@ def test_lists_pairs_and_splits():
 
 
 def test_tokens(words):
-    tokenise = Tokenise(words, length=6, padding=0, pairs=True, buckets=(4, 6))
-    assert tokenise(["good"]).tolist() == [[2, 6, 3, 0]]
-    assert tokenise(["the good film", "a"]).tolist() == [[2, 4, 6, 8, 3, 0], [2, 5, 3, 0, 0, 0]]
+    tokenise = Tokenise(words, length=6, padding=0)
+    assert tokenise(["good"]).tolist() == [[2, 6, 3]] and tokenise.sizes(["good", "the film"]).tolist() == [3, 4]
+    assert tokenise.spans("a film") == [(0, 0), (0, 1), (2, 6), (0, 0)]
+    assert tokenise(["the good film", "a"]).tolist() == [[2, 4, 6, 8, 3], [2, 5, 3, 0, 0]]
     assert tokenise(["the good film " * 9]).tolist() == [[2, 4, 6, 8, 4, 3]]
-    assert tokenise([("a", "film"), ("a", "good film")]).tolist() == [
+    paired = Tokenise(words, length=6, padding=0, pairs=True)
+    assert paired != tokenise and paired(["good"]).tolist() == [[[2, 6, 3], [0, 0, 0]]]
+    assert paired([("a", "film"), ("a", "good film")]).tolist() == [
         [[2, 5, 3, 8, 3, 0], [0, 0, 0, 1, 1, 0]],
         [[2, 5, 3, 6, 8, 3], [0, 0, 0, 1, 1, 1]],
     ]
-    assert Tokenise(words, length=6, padding=0)(["good"]).shape == (1, 3)
 
 
 def test_what_gives_no_tokens_is_refused(words):
@@ -118,8 +120,10 @@ def test_what_gives_no_tokens_is_refused(words):
     for texts, what in ((["a", " "], "row 1: an empty"), (["a [PAD] b"], "row 0: the padding token"), ([("a", "b")], "row 0: a pair"), ([], "no text")):
         with pytest.raises(DataError, match=what):
             tokenise(texts)
-    with pytest.raises(PlanError, match="buckets"):
-        Tokenise(words, length=6, padding=0, buckets=(4, 5))
+    with pytest.raises(DataError, match="one string"):
+        tokenise("a good film")
+    with pytest.raises(DataError, match=r"data\.csv, line 7: an empty"):
+        TextSet(("a", ""), None, (), where=("data.csv, line 6", "data.csv, line 7")).sizes(tokenise)
     with pytest.raises(PlanError, match="cannot be read"):
         Tokenise("{}", length=6, padding=0)
     with pytest.raises(PlanError, match="id 0"):

@@ -1,0 +1,96 @@
+"""An engine for each length of text: a short text costs what a short text costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from apportion.engine.engine import Engine
+from apportion.errors import EngineError
+from apportion.vocab import Answer
+
+
+@final
+class Lengths:
+    """Sends every text to the engine of the shortest length that holds it, whatever it was padded to, and puts the answers back in order.
+
+    `engines`: for each length, ascending, one of the same rungs whose inputs are int64 (length,) or, with token types, (2, length).
+    Inputs: (b, n) or (b, 2, n) for any n; what stands after the last token that is not `padding` is taken away. Graphs: those of all engines together,
+    and the memory of their copies of the weights. An answer does not depend on the texts beside it, nor on what a text was padded to.
+    """
+
+    def __init__(self, engines: Mapping[int, Engine], *, padding: int) -> None:
+        if not engines or list(engines) != sorted(engines) or min(engines) < 1:
+            raise EngineError(f"engines for lengths {tuple(engines)}", wanted="positive lengths, ascending", do="Use for example (32, 64, 128).")
+        self._engines, self._padding = dict(engines), padding
+
+    @property
+    def wanted(self) -> int:
+        """How many graphs there are to build: every path at every bucket and length."""
+        return sum(engine.wanted for engine in self._engines.values())
+
+    def warm(self, progress: Callable[[str], None] | None = None) -> int:
+        """Build every graph that is not built yet and return how many there are. Raises EngineError."""
+        for length, engine in self._engines.items():
+            engine.warm(None if progress is None else lambda text, length=length: progress(f"{length} tokens, {text}"))
+        return self.wanted
+
+    def __call__(self, inputs: Tensor, *, budget: float, cap: float | Sequence[float] = math.inf) -> Answer:
+        """Answers for any number of texts, in order; `cap` is one for all or one for each length. Raises like an engine, and for a text that is too long."""
+        caps = dict(zip(self._engines, cap if isinstance(cap, Sequence) else [cap] * len(self._engines), strict=True))
+        return self._answers(inputs, lambda length, rows: self._engines[length](rows, budget=budget, cap=caps[length]))
+
+    def forced(self, inputs: Tensor, rung: int) -> Answer:
+        """Answers along one rung, as an engine gives them."""
+        return self._answers(inputs, lambda length, rows: self._engines[length].forced(rows, rung))
+
+    def decided(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Tensor:
+        """The (b,) rungs alone, at the cost of the glance."""
+        found = [(rows, self._engines[length].decided(part, budget=budget, cap=cap)) for length, rows, part in self._parts(inputs)]
+        return torch.cat([part for _, part in found])[torch.cat([rows for rows, _ in found]).argsort()]
+
+    def places(self, inputs: Tensor) -> Tensor:
+        """For each text the place of its length among the lengths, (b,). Raises EngineError for a text that is too long."""
+        tokens = used(inputs, self._padding)
+        place = torch.searchsorted(torch.tensor(list(self._engines), device=tokens.device), tokens)
+        if len(tokens) and int(place.max()) == len(self._engines):
+            found = f"a text of {int(tokens.max())} tokens at row {int(tokens.argmax())}"
+            raise EngineError(found, wanted=f"at most {max(self._engines)}", do="Cut it, or read the model with a larger length.")
+        return place
+
+    def _answers(self, inputs: Tensor, call: Callable[[int, Tensor], Answer]) -> Answer:
+        found = [(rows, call(length, part)) for length, rows, part in self._parts(inputs)]
+        back = torch.cat([rows for rows, _ in found]).argsort()
+        return Answer(*(torch.cat(parts)[back] for parts in zip(*(answer for _, answer in found), strict=True)))
+
+    def _parts(self, inputs: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Length, rows and inputs of each group of texts."""
+        place = self.places(inputs)
+        if not len(place):
+            raise EngineError("no text", wanted="at least one", do="Give some.")
+        for number, length in enumerate(self._engines):
+            rows = (place == number).nonzero()[:, 0]
+            if len(rows):
+                yield length, rows, cut(inputs[rows], length, self._padding)
+
+
+def used(inputs: Tensor, padding: int) -> Tensor:
+    """How many places each text takes up to its last token that is not padding, at least 1, (b,). Raises EngineError for inputs that are no texts."""
+    if inputs.dtype != torch.int64 or not (inputs.ndim == 2 or (inputs.ndim == 3 and inputs.shape[1] == 2)) or not inputs.shape[-1]:
+        found = f"inputs of shape {tuple(inputs.shape)}, {inputs.dtype}"
+        raise EngineError(found, wanted="int64 (b, n), or (b, 2, n) with token types", do="Tokenise the texts.")
+    ids = inputs if inputs.ndim == 2 else inputs[:, 0]
+    return ((ids != padding) * torch.arange(1, ids.shape[1] + 1, device=ids.device)).amax(1).clamp_min(1)
+
+
+def cut(inputs: Tensor, length: int, padding: int) -> Tensor:
+    """The same texts at exactly this length: padded, or cut behind."""
+    kept = min(length, inputs.shape[-1])
+    made = inputs.new_zeros(*inputs.shape[:-1], length)
+    (made if made.ndim == 2 else made[:, 0]).fill_(padding)
+    made[..., :kept] = inputs[..., :kept]
+    return made

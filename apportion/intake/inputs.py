@@ -1,0 +1,66 @@
+"""What a user hands over to be answered: pictures among files and folders, or texts, in tables or as they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path as File
+from typing import Any
+
+from apportion.errors import DataError
+from apportion.intake.images import decode
+from apportion.intake.parts import Feed
+from apportion.intake.texts import SUFFIXES, Text, Tokenise, read_texts
+
+NO_COLUMN = "\0"  # what is asked is not what is known: labels in the table are left alone
+
+
+def opened(inputs: Sequence[str | File], feed: Feed, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Any, str]]:
+    """(name, picture or text, "") for each input, and (name, None, why) for one that cannot be used. Raises DataError where there is nothing to open.
+
+    For a model that reads texts, an input that is a file (or is called like a table) is read as one, any other is a text itself.
+    """
+    return _texts(inputs, feed, columns or {}) if isinstance(feed, Tokenise) else _pictures(inputs)
+
+
+def _pictures(inputs: Sequence[str | File]) -> Iterator[tuple[str, Any, str]]:
+    for file in [file for entry in inputs for file in _files(File(entry))]:
+        try:
+            yield str(file), decode(file), ""
+        except DataError as error:
+            yield str(file), None, error.found.removeprefix(f"{file}: ")
+
+
+def _files(entry: File) -> list[File]:
+    if not entry.exists():
+        raise DataError(f"no file or folder {entry}", wanted="pictures", do="Check the path.")
+    files = sorted(file for file in entry.rglob("*") if file.is_file()) if entry.is_dir() else [entry]
+    if not files:
+        raise DataError(f"no file in {entry}", wanted="pictures", do="Check the path.")
+    return files
+
+
+def _texts(inputs: Sequence[str | File], tokenise: Tokenise, columns: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
+    for name, text, why in [row for number, entry in enumerate(inputs, 1) for row in _rows(entry, f"text {number}", columns)]:
+        try:
+            if text is not None:
+                tokenise([text], where=[name])
+            yield name, text, why
+        except DataError as error:
+            yield name, None, error.found.removeprefix(f"{name}: ")
+
+
+def _rows(entry: str | File, name: str, columns: Mapping[str, str]) -> Iterator[tuple[str, Text | None, str]]:
+    if not str(entry).removesuffix(".gz").endswith(SUFFIXES) and not _is_there(str(entry)):
+        yield name, str(entry), ""
+        return
+    found = read_texts(entry, text=columns.get("text", "text"), pair=columns.get("pair"), label=NO_COLUMN)
+    yield from ((where, text, "") for where, text in zip(found.where, found.texts, strict=True))
+    yield from ((where, None, why) for where, why in found.skipped)
+
+
+def _is_there(entry: str) -> bool:
+    """A long text is no path: the system refuses to look for one of more than 255 letters."""
+    try:
+        return entry != "" and File(entry).exists()
+    except (OSError, ValueError):
+        return False

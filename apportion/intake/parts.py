@@ -1,0 +1,115 @@
+"""Data for each purpose, pictures and texts alike: who may see what is settled here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path as File
+from typing import Any, Literal, Protocol, Self
+
+from torch import Tensor
+
+from apportion.errors import DataError, PlanError
+from apportion.intake.images import read_images
+from apportion.intake.preprocess import Preprocess
+from apportion.intake.read import Source
+from apportion.intake.texts import TextSet, Tokenise, read_texts
+
+CONTROL_ROWS = 4000  # samples that control learns from and is placed on, where all are free for it
+Feed = Preprocess | Tokenise
+
+
+class Samples(Protocol):
+    """What the way from a model to a bundle asks of data: an ImageSet, or a TextSet. `feed` is what makes inputs of its samples."""
+
+    @property
+    def labels(self) -> Tensor | None: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    def __len__(self) -> int: ...
+    def rows(self, index: Tensor | Sequence[int]) -> Self: ...
+    def split(self, holdout: float, *, seed: int = 0) -> tuple[Self, Self]: ...
+    def check(self, outputs: int) -> None: ...
+    def batches(self, batch: int, feed: Any, /) -> Iterator[tuple[Tensor, Tensor | None]]: ...
+    def sizes(self, feed: Any, /) -> Tensor | None: ...  # tokens of each sample, where they differ
+
+
+class Reader(Protocol):
+    def __call__(
+        self, source: str | File, *, split: Literal["train", "test", "all"], limit: int | None = None, on_skip: Callable[[str, str], None] | None = None
+    ) -> Samples: ...
+
+
+def reader(feed: Feed, classes: Sequence[str] | None, columns: Mapping[str, str] | None = None) -> Reader:
+    """What reads data for a model that is fed so. `columns`: what "text", "pair" and "label" are called in tables of texts. Raises PlanError."""
+    if isinstance(feed, Preprocess):
+        if columns:
+            raise PlanError("columns for a model of images", wanted="none", do="Leave them out.")
+        return read_images
+    named = dict(columns or {})
+    if unknown := named.keys() - {"text", "pair", "label"}:
+        raise PlanError(f"a column for {min(unknown)!r}", wanted="text, pair or label", do="Correct it.")
+    return partial(read_texts, classes=classes, text=named.get("text", "text"), pair=named.get("pair"), label=named.get("label", "label"))
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Disjoint samples for each purpose: to teach the network, to teach the controller, to place it, to report on, once, and to certify the tolerance on."""
+
+    teach: Samples | None
+    decide: Samples
+    place: Samples
+    report: Samples
+    certify: Samples | None = None  # for a plan that asks for confidence
+
+    @classmethod
+    def read(
+        cls,
+        data: str | File,
+        *,
+        seed: int,
+        teach: bool = True,
+        certify: bool = False,
+        tell: Callable[[str], None] = lambda text: None,
+        read: Reader = read_images,
+    ) -> Parts:
+        """The test samples are for the report; of the others a fifth is held out for control, or where nothing is taught all, as far as CONTROL_ROWS goes.
+
+        Of what is held out half certifies where that is asked for.
+        """
+
+        def skip(where: str, why: str) -> None:
+            tell(f"left out {where}: {why}")
+
+        if teach:
+            taught, held = read(data, split="train", on_skip=skip).split(0.2, seed=seed)
+        else:
+            taught, held = None, read(data, split="train", limit=CONTROL_ROWS, on_skip=skip)
+        held, kept = held.split(0.5, seed=seed + 1) if certify else (held, None)
+        decide, place = held.split(0.5, seed=seed)
+        return cls(taught, decide, place, read(data, split="test", on_skip=skip), kept)
+
+    def check(self, outputs: int) -> None:
+        """Raises DataError for the first label that a network with so many outputs cannot give; what teaches is checked by its teacher."""
+        for samples in (self.decide, self.place, self.report, self.certify):
+            if samples is not None:
+                samples.check(outputs)
+
+
+def matched(source: Source, parts: Parts) -> Source:
+    """The source fed as these samples want it: pairs of texts come with token types, and then all do. Raises DataError where the two are of different kinds."""
+    feed, every = source.feed, [samples for samples in (parts.teach, parts.decide, parts.place, parts.report, parts.certify) if samples is not None]
+    if any(isinstance(samples, TextSet) != isinstance(feed, Tokenise) for samples in every):
+        kinds = ("texts", "images") if isinstance(feed, Preprocess) else ("images", "texts")
+        raise DataError(f"{kinds[0]} for a model of {kinds[1]}", wanted=kinds[1], do="Give other data, or another model.")
+    if not isinstance(feed, Tokenise):
+        return source
+    a = source.network.architecture
+    if not a.classes:
+        do = "Fine-tune it first: its folder says architectures: ...ForSequenceClassification."
+        raise PlanError("an encoder without classes", wanted="a model that classifies texts", do=do)
+    pairs = any(isinstance(samples, TextSet) and samples.pairs for samples in every)
+    if pairs and a.token_types < 2:
+        raise DataError("pairs of texts", wanted="single texts: this model tells no pairs apart", do="Join them, or take another model.")
+    return replace(source, feed=replace(feed, pairs=pairs or feed.pairs))
