@@ -85,6 +85,8 @@ def adapt(
     if plan.never_slower and (faster := fast_enough(weighed, tell=tell)) is not None:
         adapted, seen = control(taught, reference, parts, source, plan, ladder=faster, backend=backend, buckets=buckets, tell=tell)
         weighed = weigh(adapted, reference, parts.report, seen, dense_correct, repeats=repeats, tell=tell)
+    if plan.never_slower:
+        check_time(weighed)
     if out is not None:
         weighed.adapted.save(out, extra=weighed.files())
         tell(f"written to {out}")
@@ -141,6 +143,17 @@ def fast_enough(weighed: Weighed, *, tell: Tell) -> Ladder | None:
             do="Serve the dense model on this device, name larger batches alone, or set never_slower = false in the plan.",
         )
     return Ladder(tuple(bundle.ladder.paths[rung] for rung in gate.served), bundle.ladder.glance) if gate.dropped else None
+
+
+def check_time(weighed: Weighed) -> None:
+    """Raises ControlError where the whole, with the decision and all that goes to the full path, takes longer than the dense model."""
+    slow = {batch: found["value"] for batch, found in weighed.figures["time_ratio"].items() if found["value"] > 1}
+    if slow:
+        raise ControlError(
+            "an operating point that takes " + ", ".join(f"{value:.3f} of the dense model's time at batch {batch}" for batch, value in slow.items()),
+            wanted="less, the decision included",
+            do="Raise the tolerance, teach the paths, choose another back-end or larger batches, or set never_slower = false in the plan.",
+        )
 
 
 def choose_ladder(network: Network, reference: Network, samples: Samples, feed: Feed, plan: Plan, over: Profile, *, tell: Tell) -> Ladder:

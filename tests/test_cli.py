@@ -7,6 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path as File
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -285,6 +287,7 @@ def test_a_path_that_is_not_faster_here_is_not_served(tmp_path: File, monkeypatc
 
     monkeypatch.setattr(verbs, "weigh", weigh)
     monkeypatch.setattr(verbs, "choose_ladder", exits)
+    monkeypatch.setattr(verbs, "check_time", lambda weighed: None)  # three blocks of 16 channels do not pay for a decision
     weighed = eager(small(), data, plan=Plan(rungs=4, tolerance=100.0, glance=1), tell=told.append)
     assert len(slowed) == 2 and any(slowed[0] in text and text.startswith("not served") for text in told)
     assert slowed[0] not in [path.name for path in weighed.adapted.bundle.ladder.paths]
@@ -298,6 +301,15 @@ def test_a_random_timm_model_needs_no_network(tmp_path: File) -> None:
     """As far as reading: the model is made and proven, and the data is what is found wrong."""
     with pytest.raises(DataError, match="nowhere"):
         verbs.adapt("timm:vit_tiny_patch16_224", str(tmp_path / "nowhere"), random=True)
+
+
+def test_a_whole_that_is_slower_than_the_dense_model_is_not_served() -> None:
+    def weighed(**ratios: float) -> Any:
+        return SimpleNamespace(figures={"time_ratio": {batch.removeprefix("b"): {"value": value} for batch, value in ratios.items()}})
+
+    verbs.check_time(weighed(b1=0.97, b32=0.6))
+    with pytest.raises(ControlError, match=r"takes 1\.039 of the dense model's time at batch 1; wanted less"):
+        verbs.check_time(weighed(b1=1.039, b32=0.6))
 
 
 def test_inspect_says_what_a_model_is_and_what_can_adapt() -> None:
