@@ -47,3 +47,7 @@ def test_page_on_deciding_shows_the_results():
 
 def test_page_of_methods_is_made_from_the_cards():
     assert (ROOT / "docs" / "methods.md").read_text() == tables.shelf()
+
+
+def test_page_of_peers_is_made_from_the_results():
+    assert (ROOT / "docs" / "peers.md").read_text() == tables.peers()
