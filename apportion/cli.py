@@ -123,6 +123,7 @@ def adapt(
     random: Annotated[bool, typer.Option("--random", help="Untrained weights, to try the way without a download.")] = False,
     length: Annotated[int | None, typer.Option(help="Tokens that texts are cut to; without it as many as the model takes, up to 512.")] = None,
     columns: Columns = None,
+    method: Annotated[str | None, typer.Option(help="acm: a gate gives every token its own width (needs epochs), in place of nested widths.")] = None,
     backend: BackendName = "inductor",
     as_json: Json = False,
 ) -> None:
@@ -135,6 +136,7 @@ def adapt(
 
     compiler = verbs.backend(backend)  # a wrong word is refused before anything is trained
     wanted = Plan() if plan is None else read_plan(plan)
+    wanted = wanted if method is None else verbs.with_method(wanted, method)
     changes = {name: value for name, value in (("tolerance", tolerance), ("confidence", confidence), ("epochs", epochs)) if value is not None}
     wanted = replace(wanted, **changes)
     source: Any = model

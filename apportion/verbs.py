@@ -19,18 +19,20 @@ from apportion.control.policy import Policy
 from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.bundle import Bundle, Rung
 from apportion.deliver.costs import Profile, mean_macs, profile
-from apportion.deliver.weighing import Weighed, weigh
-from apportion.engine import Backend, never_slower
+from apportion.deliver.weighing import Weighed, check_time, fast_enough, weigh
+from apportion.engine import Backend, build
 from apportion.errors import ControlError, DataError, EngineError, PlanError
 from apportion.intake import Feed, Parts, Preprocess, Samples, Source, Tokenise, matched, opened, read_model, reader
-from apportion.measure.doctor import device, fingerprint
+from apportion.measure.doctor import device
+from apportion.measure.forecast import forecast
 from apportion.measure.inspect import Inspection, inspected
 from apportion.measure.outcomes import measure_outcomes
 from apportion.network import Architecture, Network, put, sort_by_importance
-from apportion.train import Data, Images, Recipe, Texts, dense, fit, sandwich
-from apportion.vocab import Ladder, Outcomes, Plan
+from apportion.train import Data, Images, Recipe, Texts, acm, dense, fit, sandwich
+from apportion.vocab import Choice, Ladder, Outcomes, Plan
 
 Tell = Callable[[str], None]
+GATE = 16  # hidden units of an adaptive computation module's gate, as published
 BATCH = 100  # rows at a time while tables are measured
 CERTIFIED_BUDGETS = 9  # tested one after the other, from the full path's down to the one that was placed
 TRIAL_ROWS = 500  # on which every candidate path is tried; the chosen few are measured on all rows
@@ -120,51 +122,55 @@ def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: F
     if plan.epochs > 0:
         if parts.teach is None:
             raise PlanError(f"{plan.epochs} epochs and nothing to teach with", wanted="training samples", do="Give some, or set epochs to 0.")
-        teacher = copy.deepcopy(network).eval()
+        teacher = copy.deepcopy(network).eval().requires_grad_(False)
         tell(f"teaching the paths for {plan.epochs} epochs")
         crop = max(1, feed.size // 8) if isinstance(feed, Preprocess) else 0
         recipe = Recipe(epochs=plan.epochs, batch=plan.batch, learning_rate=plan.learning_rate, seed=plan.seed, crop_padding=crop)
-        objective = sandwich(candidates(network.space, plan.glance), teacher=teacher)
-        fit(network, _memory(parts.teach, feed), objective, recipe=recipe, folder=folder)
+        objective, data = sandwich(candidates(network.space, plan.glance), teacher=teacher), _memory(parts.teach, feed)
+        if gated(plan):
+            acm.teach(network, data, teacher=teacher, last=objective, recipe=recipe, folder=folder)
+        else:
+            fit(network, data, objective, recipe=recipe, folder=folder)
+    elif gated(plan):
+        raise PlanError("a gate that nothing has taught", wanted="some epochs: it would deal out compute by the order of tokens", do="Give the plan epochs.")
     return network.eval().requires_grad_(False)
 
 
-def fast_enough(weighed: Weighed, *, tell: Tell) -> Ladder | None:
-    """The paths that are faster than the dense model at every batch size timed; None where all are. Raises ControlError where only the full one is left."""
-    bundle = weighed.adapted.bundle
-    table = bundle.costs[fingerprint()]
-    gate = never_slower({int(batch): row for batch, row in table["rungs_ms"].items()}, {int(batch): ms for batch, ms in table["dense_ms"].items()})
-    for dropped in gate.dropped:
-        tell(f"not served, since not faster: {bundle.ladder.paths[dropped.rung].name}, {dropped.reason}")
-    if not gate.adapts:
-        raise ControlError(
-            "no path that is faster than the dense model here: " + "; ".join(dropped.reason for dropped in gate.dropped),
-            wanted="one at most 0.98 times its time at every batch size",
-            do="Serve the dense model on this device, name larger batches alone, or set never_slower = false in the plan.",
-        )
-    return Ladder(tuple(bundle.ladder.paths[rung] for rung in gate.served), bundle.ladder.glance) if gate.dropped else None
+def with_method(plan: Plan, name: str) -> Plan:
+    """The plan with a method whose parts are taught in an order of their own: `acm`, a gate for every token in place of nested widths. Raises PlanError."""
+    if name != "acm":
+        raise PlanError(f"method {name!r}", wanted="acm", do="Name other methods in the plan's choices.")
+    return replace(plan, choices=(*(choice for choice in plan.choices if choice.slot != "ffn"), Choice("ffn", "acm", options={"gate": GATE})))
 
 
-def check_time(weighed: Weighed) -> None:
-    """Raises ControlError where the whole, with the decision and all that goes to the full path, takes longer than the dense model."""
-    slow = {batch: found["value"] for batch, found in weighed.figures["time_ratio"].items() if found["value"] > 1}
-    if slow:
-        raise ControlError(
-            "an operating point that takes " + ", ".join(f"{value:.3f} of the dense model's time at batch {batch}" for batch, value in slow.items()),
-            wanted="less, the decision included",
-            do="Raise the tolerance, teach the paths, choose another back-end or larger batches, or set never_slower = false in the plan.",
-        )
+def gated(plan: Plan) -> bool:
+    """Whether learners with gates are in the plan."""
+    return any(choice.name == "acm" and choice.options.get("gate") for choice in plan.choices)
 
 
-def choose_ladder(network: Network, reference: Network, samples: Samples, feed: Feed, plan: Plan, over: Profile, *, tell: Tell) -> Ladder:
-    """Try every candidate path on some samples and keep the few that are worth serving."""
+def choose_ladder(
+    network: Network, reference: Network, samples: Samples, feed: Feed, plan: Plan, over: Profile, *, backend: Backend, buckets: Sequence[int], tell: Tell
+) -> Ladder:
+    """Try every candidate path on some samples and keep the few that are worth serving, in multiply-adds or in the plan's milliseconds."""
     trial = samples.rows(range(min(TRIAL_ROWS, len(samples))))
     every = candidates(network.space, plan.glance)
     tell(f"trying {len(every)} paths on {len(trial)} {'texts' if isinstance(feed, Tokenise) else 'images'}")
     tried = sorted(every, key=lambda path: mean_macs(network, path, over))
     table = outcomes(network, Ladder(tuple(tried), plan.glance), trial, feed, reference=reference, over=over)
-    chosen = choose_rungs(table.correct.double().mean(0), table.cost, plan.rungs, correct=table.correct)
-    return Ladder(tuple(tried[index] for index in chosen), plan.glance)
+    cost = table.cost
+    if plan.search == "ms":
+        example, _ = next(samples.rows([0]).batches(1, feed))
+        times = forecast(network, tried, example, build=builder(backend), backend=backend, batches=(1, max(buckets)), tell=tell)
+        tell(f"times foretold from {times.points} that were measured: {100 * times.error:.1f} % off on paths left out, {100 * times.worst:.1f} % at worst")
+        ms = torch.tensor([times.ms(network, path, max(buckets)) for path in tried], dtype=cost.dtype)
+        cost = ms / ms[-1]
+    chosen = choose_rungs(table.correct.double().mean(0), cost, plan.rungs, correct=table.correct)
+    return Ladder(tuple(tried[index] for index in sorted(chosen)), plan.glance)  # cheapest first in multiply-adds: the table's order
+
+
+def builder(backend: Backend) -> Callable[[nn.Module, Tensor], Callable[[Tensor], Any]]:
+    """What makes a static graph of a module and its input."""
+    return lambda module, inputs: build(module, (inputs,), backend=backend, name="a path to time")
 
 
 def control(
@@ -182,7 +188,7 @@ def control(
     """Choose the paths to serve (where no ladder is given), learn to decide between them, and find the operating point that holds the tolerance."""
     feed = source.feed or source.tokenise
     over = profile(network, parts.place, feed)
-    ladder = ladder or choose_ladder(network, reference, parts.decide, feed, plan, over, tell=tell)
+    ladder = ladder or choose_ladder(network, reference, parts.decide, feed, plan, over, backend=backend, buckets=buckets, tell=tell)
     tell(f"learning to decide between {len(ladder.paths)} paths")
     one, _ = next(parts.decide.rows([0]).batches(1, feed))
     decision = decision_macs(network.glance(ladder.glance)(one)[1].shape[1], len(ladder.paths))

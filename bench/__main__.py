@@ -1,4 +1,4 @@
-"""`python -m bench cifar|control|joint|deit|peers|text|models|tables|all --data FOLDER`: measure again what is committed under `results/`."""
+"""`python -m bench cifar|control|joint|deit|peers|text|perceiver|models|tables|all --data FOLDER`: measure again what is committed under `results/`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,14 @@ def peers(
 
 
 @app.command()
+def perceiver(runs: File = File("runs/perceiver")) -> None:
+    """One network for every number of latents, width and depth, on digits that scikit-learn brings."""
+    from bench import perceiver as bench
+
+    bench.main(runs)
+
+
+@app.command()
 def models() -> None:
     """docs/models.md: which models are read, and which are refused."""
     from bench import models as bench
@@ -93,6 +101,7 @@ def everything(data: Data, model: Annotated[File, typer.Option(help="DeiT-Tiny's
     joint(data)
     deit(data, model)
     peers(data, model)
+    perceiver()
     tables()
 
 

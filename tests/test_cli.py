@@ -17,13 +17,15 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from apportion import cli, verbs
+from apportion.deliver import weighing
 from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.bundle import save
+from apportion.deliver.costs import profile
 from apportion.engine import never_slower
-from apportion.errors import ControlError, DataError
+from apportion.errors import ControlError, DataError, PlanError
 from apportion.intake import Preprocess, _torchvision, read_images
-from apportion.network import Architecture, Network
-from apportion.vocab import Ladder, Plan
+from apportion.network import Architecture, Network, put
+from apportion.vocab import Ladder, Path, Plan
 from tests.conftest import shake
 from tests.rooms.test_deliver_bundle import made_up_bundle
 
@@ -291,7 +293,7 @@ def test_a_path_that_is_not_faster_here_is_not_served(tmp_path: File, monkeypatc
     weighed = eager(small(), data, plan=Plan(rungs=4, tolerance=100.0, glance=1), tell=told.append)
     assert len(slowed) == 2 and any(slowed[0] in text and text.startswith("not served") for text in told)
     assert slowed[0] not in [path.name for path in weighed.adapted.bundle.ladder.paths]
-    monkeypatch.setattr(verbs, "never_slower", lambda times, dense: never_slower(times, dense, limit=0.01))
+    monkeypatch.setattr(weighing, "never_slower", lambda times, dense: never_slower(times, dense, limit=0.01))
     with pytest.raises(ControlError, match="no path that is faster"):
         verbs.fast_enough(weighed, tell=told.append)
 
@@ -301,6 +303,46 @@ def test_a_random_timm_model_needs_no_network(tmp_path: File) -> None:
     """As far as reading: the model is made and proven, and the data is what is found wrong."""
     with pytest.raises(DataError, match="nowhere"):
         verbs.adapt("timm:vit_tiny_patch16_224", str(tmp_path / "nowhere"), random=True)
+
+
+@pytest.mark.slow
+def test_adaptive_computation_modules_by_name(tmp_path: File) -> None:
+    data = painted(tmp_path / "data", 560, labels=True)
+    with pytest.raises(PlanError, match="epochs"):
+        eager(small(), data, plan=verbs.with_method(Plan(tolerance=100.0), "acm"))
+    with pytest.raises(PlanError, match="acm"):
+        verbs.with_method(Plan(), "acme")
+    plan = verbs.with_method(Plan(rungs=3, tolerance=100.0, glance=1, never_slower=False, epochs=2.0, batch=16), "acm")
+    weighed = eager(small(), data, tmp_path / "out", plan=plan)
+    again = load(tmp_path / "out", backend="eager", buckets=(4,))
+    gates = [block.ffn.gate for block in again.bundle.network.blocks]  # pyright: ignore
+    assert all(gate is not None and bool(gate.last.weight.abs().sum() > 0) for gate in gates)
+    inputs = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    weighed.adapted.warm()
+    assert torch.allclose(again(inputs).logits, weighed.adapted(inputs).logits, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_search_in_milliseconds_serves_what_is_quick_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the hidden units take as long as all: such paths are worth nothing, whatever they save in multiply-adds."""
+    network, images = Network(replace(small().architecture, classes=10)).eval(), read_images("digits", split="train", limit=80)
+    for choice in Plan().choices:
+        put(network, choice)
+    feed, told = Preprocess(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), list[str]()
+    plan = Plan(rungs=4, glance=1, search="ms")
+
+    def chosen(search: str) -> Ladder:
+        over = profile(network, images, feed)
+        return verbs.choose_ladder(network, network, images, feed, replace(plan, search=search), over, backend="eager", buckets=(1, 4), tell=told.append)
+
+    assert len(chosen("ms").paths) >= 2 and any("foretold from" in text for text in told)
+
+    def slow(path: Path) -> float:
+        return 1.0 if path.width == network.space.full.width and path.heads == network.space.full.heads else 2.0
+
+    times = SimpleNamespace(points=1, error=0.0, worst=0.0, ms=lambda of, path, batch: slow(path) * of.macs(path))
+    monkeypatch.setattr(verbs, "forecast", lambda *rest, **options: times)
+    assert all(slow(path) == 1.0 for path in chosen("ms").paths)
 
 
 def test_a_whole_that_is_slower_than_the_dense_model_is_not_served() -> None:

@@ -17,7 +17,8 @@ from apportion.deliver.adapted import Adapted
 from apportion.deliver.bundle import Bundle
 from apportion.deliver.costs import Ledger, places
 from apportion.deliver.page import card, page, shares_of
-from apportion.engine import build, cut, serving
+from apportion.engine import build, cut, never_slower, serving
+from apportion.errors import ControlError
 from apportion.intake import Samples, Tokenise
 from apportion.measure.doctor import device, fingerprint
 from apportion.measure.latency import Timing, interleaved, ratio, realisation_ratio
@@ -25,7 +26,7 @@ from apportion.measure.memory import peak_bytes
 from apportion.measure.quality import mcnemar, paired_drop
 from apportion.measure.report import Report, render, report_dict
 from apportion.network import Network
-from apportion.vocab import Outcomes
+from apportion.vocab import Ladder, Outcomes
 
 Tell = Callable[[str], None]
 
@@ -184,3 +185,30 @@ def _routed(adapted: Adapted, inputs: Tensor) -> None:
         for rung in index.unique().tolist():
             rows = (index == rung).nonzero()[:, 0]
             adapted.rungs[rung](state._replace(x=state.x[rows], size=state.size[rows], origin=state.origin[rows]))
+
+
+def fast_enough(weighed: Weighed, *, tell: Tell) -> Ladder | None:
+    """The paths that are faster than the dense model at every batch size timed; None where all are. Raises ControlError where only the full one is left."""
+    bundle = weighed.adapted.bundle
+    table = bundle.costs[fingerprint()]
+    gate = never_slower({int(batch): row for batch, row in table["rungs_ms"].items()}, {int(batch): ms for batch, ms in table["dense_ms"].items()})
+    for dropped in gate.dropped:
+        tell(f"not served, since not faster: {bundle.ladder.paths[dropped.rung].name}, {dropped.reason}")
+    if not gate.adapts:
+        raise ControlError(
+            "no path that is faster than the dense model here: " + "; ".join(dropped.reason for dropped in gate.dropped),
+            wanted="one at most 0.98 times its time at every batch size",
+            do="Serve the dense model on this device, name larger batches alone, or set never_slower = false in the plan.",
+        )
+    return Ladder(tuple(bundle.ladder.paths[rung] for rung in gate.served), bundle.ladder.glance) if gate.dropped else None
+
+
+def check_time(weighed: Weighed) -> None:
+    """Raises ControlError where the whole, with the decision and all that goes to the full path, takes longer than the dense model."""
+    slow = {batch: found["value"] for batch, found in weighed.figures["time_ratio"].items() if found["value"] > 1}
+    if slow:
+        raise ControlError(
+            "an operating point that takes " + ", ".join(f"{value:.3f} of the dense model's time at batch {batch}" for batch, value in slow.items()),
+            wanted="less, the decision included",
+            do="Raise the tolerance, teach the paths, choose another back-end or larger batches, or set never_slower = false in the plan.",
+        )

@@ -50,11 +50,11 @@ def test_what_it_writes_is_clean(slot, tmp_path):
 @pytest.mark.parametrize(
     ("slot", "name", "arxiv", "found"),
     [
-        ("reducers", "ats", "2111.15667", "slot 'reducers'"),
+        ("reducers", "vcc", "2305.04241", "slot 'reducers'"),
         ("reducer", "tome", "2210.09461", "which exists"),
         ("reducer", "Ats", "2111.15667", "name 'Ats'"),
-        ("reducer", "../ats", "2111.15667", "name '../ats'"),
-        ("reducer", "ats", "15667", "arXiv number"),
+        ("reducer", "../vcc", "2305.04241", "name '../vcc'"),
+        ("reducer", "vcc", "15667", "arXiv number"),
     ],
 )
 def test_it_refuses(slot, name, arxiv, found, tmp_path):
@@ -64,10 +64,10 @@ def test_it_refuses(slot, name, arxiv, found, tmp_path):
 
 
 def test_it_does_not_overwrite(tmp_path):
-    method, _ = scaffold.new("reducer", "ats", "2111.15667", root=tmp_path)
+    method, _ = scaffold.new("reducer", "vcc", "2305.04241", root=tmp_path)
     method.write_text("mine")
     with pytest.raises(PlanError, match="which exists"):
-        scaffold.new("reducer", "ats", "2111.15667", root=tmp_path)
+        scaffold.new("reducer", "vcc", "2305.04241", root=tmp_path)
     assert method.read_text() == "mine"
 
 
