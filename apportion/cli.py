@@ -107,7 +107,9 @@ def summary(figures: dict[str, Any], report: Any) -> Table:
         for path in report.paths
     ]
     head = ["", "accuracy, %", "GMACs", *(f"ms, batch {batch}" for batch in batches), "peak MiB", "inputs, %"]
-    return grid(f"{report.title}: {100 * figures['gmacs_saved_share']:.1f} % fewer GMACs, {figures['drop_points']['points']:.2f} points lost", head, rows)
+    lost = figures["drop_points"]["points"]
+    change = f"{lost:.2f} points lost" if lost >= 0 else f"{-lost:.2f} points gained"
+    return grid(f"{report.title}: {100 * figures['gmacs_saved_share']:.1f} % fewer GMACs, {change}", head, rows)
 
 
 @app.command()

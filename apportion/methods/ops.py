@@ -66,6 +66,26 @@ def reduce(tokens: Tokens, kept: Tensor, gone: Tensor, into: Tensor) -> Tokens:
     return Tokens(new_x, new_size, place.gather(1, origin), prefix)
 
 
+def alike(key: Tensor, prefix: int) -> Tensor:
+    """Cosine similarity of the first to the second of each two tokens behind the prefix, by keys (b, h, n, c) averaged over heads: (b, ceil, floor)."""
+    metric = F.normalize(key[:, :, prefix:].mean(1), dim=-1)
+    return metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+
+
+def matched(similar: Tensor, prefix: int, remove: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The `remove` most alike pairs of first and second tokens (Bolya et al. 2023, arXiv 2210.09461, section 3), for `reduce`.
+
+    Gives kept (b, n - remove), gone (b, remove) with the most alike first, into: places among the kept, and those tokens themselves.
+    """
+    best, partner = similar.max(-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    gone, stay = order[:, :remove], order[:, remove:].sort(dim=-1).values
+    chosen, rows = partner.gather(1, gone), (len(order), -1)
+    first = torch.arange(prefix, device=order.device).expand(rows)
+    second = prefix + 1 + 2 * torch.arange(similar.shape[2], device=order.device).expand(rows)
+    return torch.cat((first, prefix + 2 * stay, second), 1), prefix + 2 * gone, prefix + stay.shape[1] + chosen, prefix + 1 + 2 * chosen
+
+
 def settle(tokens: Tokens, keep: int, gone: Tensor, into: Tensor, order: Tensor) -> Tokens:
     """Reduce rows of which some tokens are padding, each by its own number: what stays comes first, then padding up to `keep`.
 

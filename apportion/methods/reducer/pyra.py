@@ -52,18 +52,11 @@ class PYRA(nn.Module):
         remove = n - keep
         if remove == 0 and real is None:
             return tokens
-        metric = F.normalize(mixed.key[:, :, prefix:].mean(1), dim=-1)
-        similar = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+        similar = ops.alike(mixed.key, prefix)
         if real is not None:
             return self._padded(tokens, keep, real, similar)
-        best, partner = similar.max(-1)
-        order = best.argsort(dim=-1, descending=True, stable=True)
-        gone, stay = order[:, :remove], order[:, remove:].sort(dim=-1).values
-        b, second = order.shape[0], metric.shape[1] // 2
-        tokens = self.reactivated(tokens, prefix + 2 * gone, prefix + 1 + 2 * partner.gather(1, gone))
-        first = torch.arange(prefix, device=order.device).expand(b, -1)
-        kept = torch.cat((first, prefix + 2 * stay, prefix + 1 + 2 * torch.arange(second, device=order.device).expand(b, -1)), 1)
-        return ops.reduce(tokens, kept, prefix + 2 * gone, prefix + stay.shape[1] + partner.gather(1, gone))
+        kept, gone, into, targets = ops.matched(similar, prefix, remove)
+        return ops.reduce(self.reactivated(tokens, gone, targets), kept, gone, into)
 
     def reactivated(self, tokens: Tokens, source: Tensor, target: Tensor, taken: Tensor | None = None) -> Tokens:
         """Tokens with rows `source` (b, r) weighted before they join rows `target` (b, r), most similar first; with `taken` (b, r) bool those pairs only."""

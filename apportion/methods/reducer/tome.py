@@ -35,17 +35,11 @@ class ToMe(nn.Module):
         remove = n - keep
         if remove == 0 and real is None:
             return tokens
-        metric = F.normalize(mixed.key[:, :, prefix:].mean(1), dim=-1)
-        similar = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+        similar = ops.alike(mixed.key, prefix)
         if real is not None:
             return _padded(tokens, keep, real, similar)
-        best, partner = similar.max(-1)
-        order = best.argsort(dim=-1, descending=True, stable=True)
-        gone, stay = order[:, :remove], order[:, remove:].sort(dim=-1).values
-        b, second = order.shape[0], metric.shape[1] // 2
-        first = torch.arange(prefix, device=order.device).expand(b, -1)
-        kept = torch.cat((first, prefix + 2 * stay, prefix + 1 + 2 * torch.arange(second, device=order.device).expand(b, -1)), 1)
-        return ops.reduce(tokens, kept, prefix + 2 * gone, prefix + stay.shape[1] + partner.gather(1, gone))
+        kept, gone, into, _ = ops.matched(similar, prefix, remove)
+        return ops.reduce(tokens, kept, gone, into)
 
     def macs(self, before: int, keep: int, prefix: int, mixed_heads: int) -> int:
         left = before - prefix
