@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path as File
@@ -65,7 +66,8 @@ def exported(module: nn.Module, example: tuple[Any, ...], *, runtime: Runtime, n
     """`build` by a run time outside torch. What is in `cache` is found again by the exported operators, the weights and the versions: nothing goes stale."""
     flat = Flat(module, example)
     tensors = _check(module, example, name)
-    with serving():
+    with serving(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)  # torch's word to itself, on every copy of a program
         answer = module(*example)
         program = capture(flat, tensors, name)
         with TemporaryDirectory() as folder:

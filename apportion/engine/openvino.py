@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path as File
 from typing import final
@@ -11,6 +12,11 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from apportion.engine.exported import AGREEMENT, Run, missing
+
+
+def _wanted(record: logging.LogRecord) -> bool:
+    """Not the front end's tracebacks about operators that it would have left whole and that this torch does not have."""
+    return "not found in decomp table" not in record.getMessage()
 
 
 @final
@@ -33,7 +39,11 @@ class OpenVINO:
 
         # The front end itself, because openvino.convert_model reports its use to the vendor unless the user opted out.
         reader = FrontEndManager().load_by_framework("pytorch")
-        source = TorchFXPythonDecoder.from_exported_program(program)  # the reader does not keep it alive
+        logging.getLogger().addFilter(_wanted)
+        try:
+            source = TorchFXPythonDecoder.from_exported_program(program)  # the reader does not keep it alive
+        finally:
+            logging.getLogger().removeFilter(_wanted)
         openvino.save_model(reader.convert(reader.load(source)), file, compress_to_fp16=False)
 
     def load(self, file: File, *, threads: int) -> Run:
