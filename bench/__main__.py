@@ -1,4 +1,4 @@
-"""`python -m bench cifar|control|joint|deit|peers|text|perceiver|models|tables|all --data FOLDER`: measure again what is committed under `results/`."""
+"""`python -m bench cifar|control|joint|deit|peers|text|perceiver|systems|models|tables|all --data FOLDER`: measure again what is committed under `results/`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,14 @@ def perceiver(runs: File = File("runs/perceiver")) -> None:
 
 
 @app.command()
+def systems(data: Data, model: Annotated[File, typer.Option(help="DeiT-Tiny's weights, timm names, safetensors.")], repeats: int = 7) -> None:
+    """Every method that cuts an axis, side by side on one trained network as it is."""
+    from bench import systems as bench
+
+    bench.main(data, model, repeats=repeats)
+
+
+@app.command()
 def models() -> None:
     """docs/models.md: which models are read, and which are refused."""
     from bench import models as bench
@@ -102,6 +110,7 @@ def everything(data: Data, model: Annotated[File, typer.Option(help="DeiT-Tiny's
     deit(data, model)
     peers(data, model)
     perceiver()
+    systems(data, model)
     tables()
 
 

@@ -51,3 +51,7 @@ def test_page_of_methods_is_made_from_the_cards():
 
 def test_page_of_peers_is_made_from_the_results():
     assert (ROOT / "docs" / "peers.md").read_text() == tables.peers()
+
+
+def test_page_of_systems_is_made_from_the_results():
+    assert (ROOT / "docs" / "systems.md").read_text() == tables.systems()
