@@ -34,7 +34,7 @@ def text(
     data: Data,
     model: Annotated[File, typer.Option(help="The folder of all-MiniLM-L6-v2, as sentence-transformers writes it.")],
     runs: File = File("runs/text"),
-    sets: str = "sst2,banking77",
+    sets: str = "sst2",
     repeats: int = 12,
 ) -> None:
     """A pretrained MiniLM-L6 on sentences, fine-tuned by us, dense against adaptive."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path as File
@@ -177,6 +178,18 @@ def row(name: str, figures: dict[str, Any]) -> str:
     )
 
 
+def machine(found: dict[str, Any]) -> str:
+    """Where a result was measured."""
+    conditions = found["conditions"]
+    device = conditions["device"]
+    return f"Measured on {device['cpu']} ({device['instructions']}), {conditions['threads']} thread, float32, torch {device['torch']}, {conditions['day']}."
+
+
+def correct(share: float, samples: int) -> str:
+    """A share of right answers in %, and its standard error."""
+    return f"{100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / samples):.1f}"
+
+
 def peers() -> str:
     """`results/peers.json` as a page: what else one could do with the same weights, timed in the same rounds."""
     found = json.loads((FOLDER / "peers.json").read_text())
@@ -184,9 +197,10 @@ def peers() -> str:
     lines = [
         "# Other ways",
         "",
-        "Made by `make docs` from `python -m bench peers`: a real DeiT-Tiny at 224 pixels on one thread, everything in the same interleaved rounds on changing",
-        f"pictures; accuracy of the very calls that are timed on {found['images']} ImageNet pictures (standard error 1.8 points). *Time* is over the dense",
-        "network compiled by torch; *realised* is time saved over multiply-adds saved, against the dense network on the same run time.",
+        "Made by `make docs` from `python -m bench peers`: a real DeiT-Tiny at 224 pixels, everything in the same interleaved rounds on changing pictures;",
+        f"accuracy, with its standard error, of the very calls that are timed on {found['images']} ImageNet pictures. *Time* is over the dense network",
+        "compiled by torch; *realised* is time saved over multiply-adds saved, against the dense network on the same run time; `ms` is per picture.",
+        machine(found),
         "",
         f"| way | accuracy, % | GMACs | {' | '.join(f'ms, {batch} | time | realised' for batch in batches)} |",
         "|---" * (3 + 3 * len(batches)) + "|",
@@ -200,7 +214,7 @@ def peers() -> str:
                 f"{over['value']:.2f}x ({over['low']:.2f} to {over['high']:.2f})",
                 f"{here['realisation']:.2f}" if "realisation" in here else "",
             ]
-        lines.append(f"| {row['peer']} | {100 * row['accuracy']:.1f} | {row['gmacs']:.3f} | {' | '.join(cells)} |")
+        lines.append(f"| {row['peer']} | {correct(row['accuracy'], found['images'])} | {row['gmacs']:.3f} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -211,8 +225,9 @@ def systems() -> str:
         "# Side by side",
         "",
         "Made by `make docs` from `python -m bench systems`: every method of the shelf that cuts an axis, on one trained DeiT-Tiny **as it is, without",
-        f"healing**; accuracy on {found['images']} ImageNet pictures (standard error about 1.8 points), time operator by operator at batch 8 over the dense",
-        "network's in the same rounds. Methods that need healing or training are shown as they start; `random` drops tokens by lot.",
+        f"healing**; accuracy, with its standard error, on {found['images']} ImageNet pictures, time operator by operator at batch 8 over the dense",
+        "network's in the same rounds, with a 95 % interval. Methods that need healing or training are shown as they start; `random` drops tokens by lot.",
+        machine(found),
         "",
         "![accuracy against multiply-adds and against time](systems.png)",
         "",
@@ -222,7 +237,9 @@ def systems() -> str:
     for way in found["ways"]:
         over = way["time_over_dense"]
         time, path = f"{over['value']:.2f}x ({over['low']:.2f} to {over['high']:.2f})", way["key"].split()[-1]
-        lines.append(f"| {way['method']} | {way['axis']} | {way['needs']} | `{path}` | {way['gmacs']:.3f} | {100 * way['accuracy']:.1f} | {time} |")
+        lines.append(
+            f"| {way['method']} | {way['axis']} | {way['needs']} | `{path}` | {way['gmacs']:.3f} | {correct(way['accuracy'], found['images'])} | {time} |"
+        )
     return "\n".join([*lines, ""])
 
 

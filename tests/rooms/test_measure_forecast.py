@@ -56,6 +56,16 @@ def test_work_adds_up_to_the_multiply_adds() -> None:
     assert dict(zip(TERMS, work(of, of.space.path(tokens=of.space.merging(5, start=1)), 1), strict=True))["cuts"] == 5
 
 
+def test_attention_meets_the_tokens_that_the_step_before_left() -> None:
+    of = network()
+    schedule = of.space.merging(9, start=1)
+    found = dict(zip(TERMS, work(of, of.space.path(tokens=schedule), 2), strict=True))
+    seen = (of.space.tokens, *schedule[:-1])
+    assert found["attention"] == pytest.approx(2 * sum(2 * n * n * 32 for n in seen) / 1e6)
+    assert found["rows"] == pytest.approx(2 * sum(before + after for before, after in zip(seen, schedule, strict=True)) * 32 / 1e6)
+    assert found["activations"] == pytest.approx(2 * sum(schedule) * 64 / 1e6)
+
+
 def test_more_work_never_takes_less() -> None:
     of = network()
     every = paths(of)

@@ -52,15 +52,18 @@ def test_loss_is_the_sum_over_samples_and_paths() -> None:
     pi = both.policy(inputs, torch.tensor(budget), temperature=0.2)
     by = run(teacher, inputs, teacher.space.full)
     seen = [run(both.network, inputs, path) for path in both.ladder.paths]
-    total = 0.4 * sum(features(one, by) for one in seen).item() / 3  # pyright: ignore[reportAttributeAccessIssue]
+    total = 0.4 * sum(features(one, by) for one in seen) / 3
     for b in range(5):
         for a, cost in enumerate((0.3, 0.7, 1.0)):
             log_p, soft = seen[a].logits[b].log_softmax(0), by.logits[b].softmax(0)
             loss = (soft * (soft.log() - log_p)).sum() + F.cross_entropy(seen[a].logits[b], labels[b], label_smoothing=0.1)
-            use = SHARED / 3 + (1 - SHARED) * pi[b, a]
-            reward = log_p.exp()[labels[b]] - 0.5 * (1 - budget) * cost
-            total += ((use + (a == 2)) * loss - pi[b, a] * reward + 0.2 * pi[b, a] * pi[b, a].log()).item() / 5
-    assert found.item() == pytest.approx(total, rel=1e-4)
+            use = SHARED / 3 + (1 - SHARED) * pi[b, a].detach()
+            reward = log_p.exp()[labels[b]].detach() - 0.5 * (1 - budget) * cost
+            total += ((use + (a == 2)) * loss - pi[b, a] * reward + 0.2 * pi[b, a] * pi[b, a].log()) / 5
+    assert found.item() == pytest.approx(total.item(), rel=1e-4)  # pyright: ignore[reportAttributeAccessIssue]
+    for name, weight in both.named_parameters():  # who learns from what: the network not from its own use, the policy not by making answers surer
+        ours, theirs = (torch.autograd.grad(loss, weight, retain_graph=True, allow_unused=True, materialize_grads=True)[0] for loss in (found, total))  # pyright: ignore
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_both_learn() -> None:
