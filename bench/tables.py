@@ -182,7 +182,7 @@ def machine(found: dict[str, Any]) -> str:
     """Where a result was measured."""
     conditions = found["conditions"]
     device = conditions["device"]
-    return f"Measured on {device['cpu']} ({device['instructions']}), {conditions['threads']} thread, float32, torch {device['torch']}, {conditions['day']}."
+    return f"Measured on {device['cpu']} ({device['instructions']}), {conditions['threads']} thread, float32 where not said otherwise, torch {device['torch']}, {conditions['day']}."
 
 
 def correct(share: float, samples: int) -> str:
