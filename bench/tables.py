@@ -182,7 +182,8 @@ def machine(found: dict[str, Any]) -> str:
     """Where a result was measured."""
     conditions = found["conditions"]
     device = conditions["device"]
-    return f"Measured on {device['cpu']} ({device['instructions']}), {conditions['threads']} thread, float32 where not said otherwise, torch {device['torch']}, {conditions['day']}."
+    where = f"{device['cpu']} ({device['instructions']}), {conditions['threads']} thread, torch {device['torch']}"
+    return f"Measured on {where}, {conditions['day']}; float32 where not said otherwise."
 
 
 def correct(share: float, samples: int) -> str:
