@@ -271,6 +271,7 @@ class Plan:
     rungs: int = 6  # served paths at most
     tolerance: float = 0.3  # percentage points of accuracy that may be lost
     confidence: float = 0.0  # with which the tolerance holds, certified on images that nothing else saw; 0 certifies nothing
+    control: Literal["glance", "checkpoints"] = "glance"  # decide once, after the glance; or run exits in turn and leave at the first that is sure
     search: Literal["macs", "ms"] = "macs"  # what the served paths are chosen to save; ms of this device are foretold from a few paths that are built and timed
     never_slower: bool = True  # a path that is not faster than the dense model on this device is not served
     epochs: float = 0.0  # of sandwich distillation; 0 adapts without training

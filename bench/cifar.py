@@ -17,6 +17,7 @@ import torch
 
 from apportion import verbs
 from apportion.control import decide
+from apportion.deliver import deciding
 from apportion.deliver.weighing import judged, weigh
 from apportion.errors import ControlError
 from apportion.files import write_json
@@ -133,14 +134,14 @@ def one(train: ImageSet, held: ImageSet, test: ImageSet, runs: File, seed: int, 
     reference = train_longer(begun, train, runs, seed).requires_grad_(False)
     source = Source(network, PREPROCESS, train.classes, None, {"model": f"ViT of width {ARCHITECTURE.dim} trained on CIFAR-10, seed {seed}"})
     parts = verbs.Parts(None, *held.split(0.5), test)
-    dense_correct = verbs.outcomes(reference, Ladder((reference.space.full,), 0), test, PREPROCESS).correct[:, 0]
+    dense_correct = deciding.outcomes(reference, Ladder((reference.space.full,), 0), test, PREPROCESS).correct[:, 0]
     reached = True
     try:
-        adapted, seen = verbs.control(network, reference, parts, source, PLAN, backend="inductor", buckets=(1, 32), tell=print)
+        adapted, seen = deciding.control(network, reference, parts, source, PLAN, backend="inductor", buckets=(1, 32), tell=print)
     except ControlError as error:
         print(f"seed {seed}: not within {PLAN.tolerance} points of the dense network ({error}); placed against its own full path instead")
         reached = False
-        adapted, seen = verbs.control(network, network, parts, source, PLAN, backend="inductor", buckets=(1, 32), tell=print)
+        adapted, seen = deciding.control(network, network, parts, source, PLAN, backend="inductor", buckets=(1, 32), tell=print)
     bundle = adapted.bundle
     reachable = [budget for budget in BUDGETS if budget >= float(seen.cost[0])]
     budgets = {str(budget): judged(bundle, seen, decide(bundle.controller, seen, budget), dense_correct) for budget in reachable}
@@ -150,7 +151,7 @@ def one(train: ImageSet, held: ImageSet, test: ImageSet, runs: File, seed: int, 
         figures, times = dict(weighed.figures), next(iter(weighed.adapted.bundle.costs.values()))
     else:
         figures, times = judged(bundle, seen, decide(bundle.controller, seen, bundle.budget), dense_correct), None
-    first = verbs.outcomes(begun, Ladder((begun.space.full,), 0), test, PREPROCESS).correct[:, 0]
+    first = deciding.outcomes(begun, Ladder((begun.space.full,), 0), test, PREPROCESS).correct[:, 0]
     start = judged(bundle, seen, decide(bundle.controller, seen, bundle.budget), first)
     against = {"accuracy_dense": start["accuracy_dense"], "drop_points": start["drop_points"]}
     rungs = [{"path": path.name, "gmacs": rung.gmacs, "accuracy": rung.accuracy} for path, rung in zip(bundle.ladder.paths, bundle.rungs, strict=True)]

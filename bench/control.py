@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion import verbs
 from apportion.control import Controller, acceptable_chance, adaptive_gain, bounds, certify, collapse, decide, fit_controller
 from apportion.control.bounds import information_bound, oracle_bound
 from apportion.control.complexity import Complexity, calibrate, expected_calibration_error, fit_complexity
@@ -30,6 +29,7 @@ from apportion.control.reward import Episodes, Graph, Reward, segments
 from apportion.control.rules import confidence_cascade, static_hull, taken
 from apportion.control.sequential import fit_sequential, walk
 from apportion.control.trees import fit_trees
+from apportion.deliver import deciding
 from apportion.errors import ControlError
 from apportion.intake import ImageSet
 from apportion.intake.statistics import image_statistics
@@ -122,11 +122,11 @@ def on_images(train: ImageSet, held: ImageSet, test: ImageSet, runs: File, seed:
     place, kept = rest.split(0.5)
 
     def table(images: ImageSet) -> Outcomes:
-        decision = verbs.decision_macs(width(network), len(exits))
-        return verbs.outcomes(network, ladder, images, cifar.PREPROCESS, decision=decision)
+        decision = deciding.decision_macs(width(network), len(exits))
+        return deciding.outcomes(network, ladder, images, cifar.PREPROCESS, decision=decision)
 
     fitted, placed, certified, seen = table(learn), table(place), table(kept), table(test)
-    controller = verbs.learned(fitted, placed, seed=seed)
+    controller = deciding.learned(fitted, placed, seed=seed)
     statics = zip(exits, seen.cost.tolist(), seen.correct.double().mean(0).tolist(), strict=True)
     return {
         "seed": seed,
@@ -283,7 +283,7 @@ def shifted(network: Network, ladder: Ladder, controller: Controller, placed: Ou
     for kind in KINDS:
         for strength in range(1, 6):
             worse = ImageSet(corrupt(some.images, kind, strength), some.labels, some.classes)  # pyright: ignore[reportArgumentType, reportCallIssue]
-            table = verbs.outcomes(network, ladder, worse, cifar.PREPROCESS, decision=controller.macs)
+            table = deciding.outcomes(network, ladder, worse, cifar.PREPROCESS, decision=controller.macs)
             choice = decide(controller, table, budget)
             result, full = taken(table, choice), float(table.correct[:, -1].double().mean())
             found.append(

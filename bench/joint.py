@@ -10,9 +10,9 @@ import copy
 from pathlib import Path as File
 from typing import Any
 
-from apportion import verbs
 from apportion.control import Controller, adaptive_gain, decide
 from apportion.control.rules import taken
+from apportion.deliver import deciding
 from apportion.intake import ImageSet
 from apportion.network import Network
 from apportion.train import Joint, Recipe, fit, joint, sandwich
@@ -45,10 +45,10 @@ def one(train: ImageSet, held: ImageSet, test: ImageSet, runs: File, seed: int) 
 
     def table(network: Network, images: ImageSet) -> Outcomes:
         width = network.glance(cifar.GLANCE)(next(images.rows([0]).batches(1, cifar.PREPROCESS))[0])[1].shape[1]
-        return verbs.outcomes(network, ladder, images, cifar.PREPROCESS, decision=verbs.decision_macs(width, len(exits)))
+        return deciding.outcomes(network, ladder, images, cifar.PREPROCESS, decision=deciding.decision_macs(width, len(exits)))
 
     def controlled(network: Network) -> tuple[Controller, Outcomes]:
-        return verbs.learned(table(network, learn), table(network, place), seed=seed), table(network, test)
+        return deciding.learned(table(network, learn), table(network, place), seed=seed), table(network, test)
 
     def judged(controller: Controller, seen: Outcomes) -> list[dict[str, Any]]:
         rows = []

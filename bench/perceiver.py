@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apportion import verbs
 from apportion.control import choose_rungs, decide
 from apportion.control.operate import LEVELS, bootstrap_means
 from apportion.control.rules import confidence_cascade, envelope, oracle, static_hull
+from apportion.deliver import deciding
 from apportion.intake import ImageSet, Preprocess, read_images
 from apportion.measure.outcomes import measure_outcomes
 from apportion.network.perceiver import Perceiver, PerceiverArchitecture, placed
@@ -132,7 +132,7 @@ def compared(network: Perceiver, name: str, model: Perceiver, found: Outcomes, t
     latents, width, depth = ALONE[name]
     place = network.settings().index(network.space.path(tokens=latents, width=width, blocks=range(depth)))
     full = Ladder((model.space.full,), 0)
-    right = verbs.outcomes(model, full, test, PREPROCESS).correct[:, 0].double()
+    right = deciding.outcomes(model, full, test, PREPROCESS).correct[:, 0].double()
     less = 100 * (found.correct[:, place].double() - right)
     low, high = bootstrap_means(less[:, None])[:, 0].quantile(LEVELS).tolist()
     joint = found.correct[:, place].double().mean().item()
@@ -194,17 +194,17 @@ def ladder(network: Perceiver, kept: Outcomes, held: ImageSet, test: ImageSet, h
     rungs = Ladder(tuple(paths[index] for index in chosen), 0)
     learn, place = held.split(0.5)
     glance = network.glance(0)
-    decision = verbs.decision_macs(glance(next(test.rows([0]).batches(1, PREPROCESS))[0])[1].shape[1], len(chosen))
-    first, second, seen = (verbs.outcomes(network, rungs, images, PREPROCESS, decision=decision) for images in (learn, place, test))
-    controller = verbs.learned(first, second, seed=SEED)
+    decision = deciding.decision_macs(glance(next(test.rows([0]).batches(1, PREPROCESS))[0])[1].shape[1], len(chosen))
+    first, second, seen = (deciding.outcomes(network, rungs, images, PREPROCESS, decision=decision) for images in (learn, place, test))
+    controller = deciding.learned(first, second, seed=SEED)
     full = network.macs(network.space.full)
     ahead = (glance.macs() + decision) / full  # paid by every sample, beside its path
     spent = torch.tensor([network.macs(path) for path in rungs.paths], dtype=torch.float64) / full
-    deciding = []
+    points = []
     for budget in BUDGETS:
         choice = decide(controller, seen, budget)
         right = seen.correct.gather(1, choice[:, None])[:, 0]
-        deciding.append({"budget": budget, **judged(hull, spent[choice] + ahead, right), "share": torch.bincount(choice, minlength=len(chosen)).tolist()})
+        points.append({"budget": budget, **judged(hull, spent[choice] + ahead, right), "share": torch.bincount(choice, minlength=len(chosen)).tolist()})
     bare, reuse = replace(seen, cost=spent), torch.full((len(chosen),), network.tokeniser.macs(SHAPE["patch"]) / full)
     asking = []
     for threshold in MARGINS:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from apportion import verbs
+from apportion.deliver import deciding
 from apportion.deliver.weighing import weigh
 from apportion.intake import Parts, Samples, Source, Tokenise, read_model, reader
 from apportion.network import Network, put
@@ -100,8 +100,8 @@ def one(source: Source, data: File, allowance: Allowance, runs: File, repeats: i
         print(f"{time.monotonic() - begin:7.1f} s  {text}", flush=True)
 
     fed = replace(source, network=network, provenance={**source.provenance, "fine_tuned_on": data.name})
-    adapted, seen = verbs.control(network, reference, parts, fed, PLAN, backend="openvino", buckets=(1, 8, 32), tell=tell)
-    dense_correct = verbs.outcomes(reference, Ladder((reference.space.full,), 0), parts.report, source.tokenise).correct[:, 0]
+    adapted, seen = deciding.control(network, reference, parts, fed, PLAN, backend="openvino", buckets=(1, 8, 32), tell=tell)
+    dense_correct = deciding.outcomes(reference, Ladder((reference.space.full,), 0), parts.report, source.tokenise).correct[:, 0]
     weighed = weigh(adapted, reference, parts.report, seen, dense_correct, repeats=repeats, tell=tell)
     weighed.adapted.save(runs / "bundle", extra=weighed.files())
     bundle = weighed.adapted.bundle

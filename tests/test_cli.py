@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from apportion import cli, verbs
-from apportion.deliver import weighing
+from apportion.deliver import deciding, weighing
 from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.bundle import save
 from apportion.deliver.costs import profile
@@ -173,8 +173,8 @@ def test_control_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_every_output_has_a_name_or_none_has() -> None:
-    assert verbs.named(("cat", "dog"), 4) == ("cat", "dog", "2", "3")
-    assert verbs.named((), 4) == ()
+    assert deciding.named(("cat", "dog"), 4) == ("cat", "dog", "2", "3")
+    assert deciding.named((), 4) == ()
 
 
 def test_where_nothing_is_taught_control_has_all_training_images() -> None:
@@ -249,7 +249,7 @@ def test_without_labels_right_is_what_the_dense_model_says(tmp_path: File) -> No
     other = small()
     shake(other, seed=5)
     full = weighed.adapted.bundle.ladder
-    table = verbs.outcomes(weighed.adapted.bundle.network, full, images, weighed.adapted.bundle.preprocess, reference=other)
+    table = deciding.outcomes(weighed.adapted.bundle.network, full, images, weighed.adapted.bundle.preprocess, reference=other)
     inputs = torch.cat([batch for batch, _ in images.batches(100, weighed.adapted.bundle.preprocess)])
     answers = weighed.adapted.bundle.network(inputs, full.paths[-1]).argmax(-1)
     assert torch.equal(table.correct[:, -1], answers == other(inputs, other.space.full).argmax(-1))
@@ -288,7 +288,7 @@ def test_a_path_that_is_not_faster_here_is_not_served(tmp_path: File, monkeypatc
         return Ladder(tuple(network.space.path(blocks=range(depth)) for depth in (1, 2, 3)), 1)
 
     monkeypatch.setattr(verbs, "weigh", weigh)
-    monkeypatch.setattr(verbs, "choose_ladder", exits)
+    monkeypatch.setattr(deciding, "choose_ladder", exits)
     monkeypatch.setattr(verbs, "check_time", lambda weighed: None)  # three blocks of 16 channels do not pay for a decision
     weighed = eager(small(), data, plan=Plan(rungs=4, tolerance=100.0, glance=1), tell=told.append)
     assert len(slowed) == 2 and any(slowed[0] in text and text.startswith("not served") for text in told)
@@ -333,7 +333,7 @@ def test_a_search_in_milliseconds_serves_what_is_quick_here(monkeypatch: pytest.
 
     def chosen(search: str) -> Ladder:
         over = profile(network, images, feed)
-        return verbs.choose_ladder(network, network, images, feed, replace(plan, search=search), over, backend="eager", buckets=(1, 4), tell=told.append)
+        return deciding.choose_ladder(network, network, images, feed, replace(plan, search=search), over, backend="eager", buckets=(1, 4), tell=told.append)
 
     assert len(chosen("ms").paths) >= 2 and any("foretold from" in text for text in told)
 
@@ -341,7 +341,7 @@ def test_a_search_in_milliseconds_serves_what_is_quick_here(monkeypatch: pytest.
         return 1.0 if path.width == network.space.full.width and path.heads == network.space.full.heads else 2.0
 
     times = SimpleNamespace(points=1, error=0.0, worst=0.0, ms=lambda of, path, batch: slow(path) * of.macs(path))
-    monkeypatch.setattr(verbs, "forecast", lambda *rest, **options: times)
+    monkeypatch.setattr(deciding, "forecast", lambda *rest, **options: times)
     assert all(slow(path) == 1.0 for path in chosen("ms").paths)
 
 

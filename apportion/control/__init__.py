@@ -1,16 +1,19 @@
 """Deciding: how much compute an input needs, learned from tables of outcomes alone; no network is ever seen here."""
 
 from apportion.control.bounds import Bounds, acceptable_chance, bounds
+from apportion.control.cascade import Cascade, fit_cascade
 from apportion.control.collapse import Watch, collapse, information
 from apportion.control.controller import Controller, fit_controller
 from apportion.control.guarantee import Certificate, certify
-from apportion.control.ladder import candidates, choose_rungs
-from apportion.control.operate import OperatingPoint, adaptive_gain, decide, frontier, operating_point
+from apportion.control.ladder import candidates, choose_rungs, exits
+from apportion.control.operate import Decider, OperatingPoint, adaptive_gain, decide, frontier, operating_point
 
 __all__ = [
     "Bounds",
+    "Cascade",
     "Certificate",
     "Controller",
+    "Decider",
     "OperatingPoint",
     "Watch",
     "acceptable_chance",
@@ -21,6 +24,8 @@ __all__ = [
     "choose_rungs",
     "collapse",
     "decide",
+    "exits",
+    "fit_cascade",
     "fit_controller",
     "frontier",
     "information",

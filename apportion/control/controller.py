@@ -61,6 +61,14 @@ class Controller(nn.Module):
                 raise out_of_reach(amount, self.cost)
         return self.cost.new_tensor(budget).clamp_max(self.cost[-1]), self.cost.new_tensor(cap)
 
+    def chosen(self, outcomes: Outcomes, budget: float, cap: float = math.inf) -> Tensor:
+        """The rung for each row of a table, (n,) int64."""
+        return self(outcomes.signal, *self.setting(budget=budget, cap=cap))
+
+    def chance(self, outcomes: Outcomes) -> Tensor:
+        """How likely each rung is right, by what the glance sees, (n, k)."""
+        return self.complexity(outcomes.signal)
+
     def worth(self, signal: Tensor, budget: Tensor) -> Tensor:
         """What each rung is worth to each sample before its price, (b, k); for budgets (g,) it is (b, g, k)."""
         return self.policy(self.complexity.standardise(signal), self.complexity(signal), budget)

@@ -44,6 +44,15 @@ def candidates(space: Space, glance: int) -> list[Path]:
     return [*(path for path in dict.fromkeys(alone + blended + mixed) if path != space.full), space.full]
 
 
+def exits(space: Space, glance: int) -> list[Path]:
+    """The beginnings of the full path from the glance on, full last: what checkpoints can serve. Raises ControlError where blocks cannot be left out."""
+    if not space.skips:
+        raise ControlError(
+            "a network whose blocks all run", wanted="one that may leave some out", do='Put a depth method into the plan: Choice("depth", "skip").'
+        )
+    return [space.path(blocks=range(depth)) for depth in range(max(glance, 1), space.depth + 1)]
+
+
 def _share(count: int, part: float) -> int:
     return max(1, round(count * part))
 

@@ -10,6 +10,7 @@ import torch
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
+from apportion.control.cascade import Cascade
 from apportion.control.controller import Controller
 from apportion.control.rules import envelope, taken
 from apportion.errors import ControlError
@@ -44,9 +45,13 @@ def bootstrap_means(values: Tensor, *, repeats: int = REPEATS, seed: int = 0) ->
     return torch.stack([torch.bincount(index, minlength=rows).double() @ values.double() for index in drawn]) / rows
 
 
-def decide(controller: Controller, outcomes: Outcomes, budget: float) -> Tensor:
-    """The controller's rung for each of these samples at this budget, without a cap, (n,)."""
-    return controller(outcomes.signal, *controller.setting(budget=budget))
+Decider = Controller | Cascade
+"""What can decide: once after the glance, or at every checkpoint."""
+
+
+def decide(controller: Decider, outcomes: Outcomes, budget: float) -> Tensor:
+    """The rung for each of these samples at this budget, without a cap, (n,)."""
+    return controller.chosen(outcomes, budget)
 
 
 def operating_point(choose: Callable[[float], Tensor], outcomes: Outcomes, tolerance_points: float, *, steps: int = 100) -> OperatingPoint:
@@ -75,7 +80,7 @@ def operating_point(choose: Callable[[float], Tensor], outcomes: Outcomes, toler
     return OperatingPoint(budgets[first], lost[:, first].mean().item(), taken(outcomes, choices[first]).cost, (low, high))
 
 
-def frontier(controller: Controller, outcomes: Outcomes, budgets: Sequence[float]) -> list[FrontierPoint]:
+def frontier(controller: Decider, outcomes: Outcomes, budgets: Sequence[float]) -> list[FrontierPoint]:
     """Cost, accuracy and the share of samples on each rung, for each budget."""
     points: list[FrontierPoint] = []
     for budget in budgets:

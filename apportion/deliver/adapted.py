@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path as File
 from typing import final
 
@@ -13,14 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from apportion.control import Controller
+from apportion.control import Cascade, Controller
 from apportion.deliver import bundle as disk
 from apportion.deliver.bundle import Bundle
 from apportion.deliver.costs import Ledger
-from apportion.engine import Backend, Engine, Lengths
+from apportion.engine import Backend, Build, Engine, Lengths, Relay, Routed, build
 from apportion.errors import BundleError, PlanError
 from apportion.intake import Tokenise
 from apportion.measure.doctor import fingerprint
+from apportion.methods import ops
 from apportion.vocab import Answer, Budget, Tokens
 
 Inputs = Tensor | np.ndarray | Sequence[Image.Image] | Sequence[str] | Sequence[tuple[str, str]]
@@ -37,6 +39,19 @@ class Decide(nn.Module):
     def forward(self, inputs: Tensor, budget: Tensor, cap: Tensor) -> tuple[Tokens, Tensor]:
         tokens, signal = self.glance(inputs)
         return tokens, self.controller(signal, budget, cap)
+
+
+@final
+class Checkpoint(nn.Module):
+    """A stretch of the full path and whether to leave after it, as one graph: (inputs or tokens, budget, cap) -> (tokens, logits, leaves)."""
+
+    def __init__(self, station: nn.Module, cascade: Cascade, place: int) -> None:
+        super().__init__()
+        self.station, self.cascade, self.place = station, cascade, place
+
+    def forward(self, given: Tensor | Tokens, budget: Tensor, cap: Tensor) -> tuple[Tokens, Tensor, Tensor]:
+        tokens, logits = self.station(given)
+        return tokens, logits, ops.margin(logits) >= self.cascade.limits(budget, cap)[self.place]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +73,28 @@ class Adapted:
     The first call builds every graph, unless `warm` did; none is built after that.
     """
 
-    def __init__(self, bundle: Bundle, *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32), engine: Engine | Lengths | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32), engine: Routed | Lengths | None = None) -> None:
         """`engine`: one that was built for this very bundle and is to be used again."""
         self.bundle, self.buckets = bundle, tuple(buckets)
         self.backend: Backend = backend
-        network, ladder = bundle.network, bundle.ladder
-        self.decide = Decide(network.glance(ladder.glance), bundle.controller)
-        self.rungs = [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths]
         self.ledger = Ledger.of(bundle)
-        self.engine = engine or self._engine()
+        self.engine = engine or self.built(backend)
 
-    def _engine(self) -> Engine | Lengths:
-        a, feed = self.bundle.network.architecture, self.bundle.preprocess
+    def built(self, backend: Backend, *, make: Build = build) -> Routed | Lengths:
+        """A fresh engine of this bundle, its graphs still to be made."""
+        a, feed, controller = self.bundle.network.architecture, self.bundle.preprocess, self.bundle.controller
+        network, ladder = self.bundle.network, self.bundle.ladder
 
-        def engine(gmacs: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Engine:
-            return Engine(
-                decide=self.decide,
-                rungs=self.rungs,
-                gmacs=gmacs.float(),
-                buckets=self.buckets,
-                backend=self.backend,
-                input_shape=shape,
-                dtype=dtype,
-                fill=fill,
-            )
+        def engine(gmacs: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Routed:
+            form = {"gmacs": gmacs.float(), "buckets": self.buckets, "backend": backend, "input_shape": shape, "dtype": dtype, "fill": fill, "make": make}
+            if isinstance(controller, Cascade):
+                exits = [0, *(len(path.steps) for path in ladder.paths)]
+                stretches: list[nn.Module] = [network.station(first, last) for first, last in pairwise(exits)]
+                stations = [*(Checkpoint(part, controller, place) for place, part in enumerate(stretches[:-1])), stretches[-1]]
+                return Relay(stations=stations, **form)
+            decide = Decide(network.glance(ladder.glance), controller)
+            rungs = [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths]
+            return Engine(decide=decide, rungs=rungs, **form)
 
         if not isinstance(feed, Tokenise):
             return engine(self.ledger.rungs[0], (a.channels, a.image_size, a.image_size), torch.float32)
@@ -98,7 +111,7 @@ class Adapted:
         """Answers, path and cost (GMACs) for each image, at the bundle's operating point or at `budget`. Raises PlanError for a budget out of reach."""
         self.warm()
         inputs = images if isinstance(images, Tensor) else self.bundle.preprocess(images)  # pyright: ignore[reportArgumentType]
-        if isinstance(self.engine, Engine):
+        if not isinstance(self.engine, Lengths):
             mean, cap = self.shares(budget)
             return self.engine(inputs, budget=mean, cap=cap)
         present = self.engine.places(inputs).unique().tolist()

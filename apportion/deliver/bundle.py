@@ -27,8 +27,8 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as pack_tensors
 from torch import nn
 
-from apportion.control import Certificate, Controller
-from apportion.errors import ApportionError, BundleError, PlanError
+from apportion.control import Cascade, Certificate, Controller, Decider
+from apportion.errors import ApportionError, BundleError, PathError, PlanError
 from apportion.files import write_atomic, write_json
 from apportion.intake import Feed, Preprocess, Tokenise
 from apportion.network import Architecture, Network, put
@@ -84,6 +84,14 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
+class Stops:
+    """The same of checkpoints."""
+
+    rungs: Annotated[int, Field(gt=1)]
+    knots: Annotated[int, Field(gt=1)]
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """How texts are fed, beside tokenizer.json."""
 
@@ -99,7 +107,7 @@ class Settings:
     version: int
     plan: Plan
     architecture: Architecture
-    controller: Sizes
+    controller: Sizes | Stops
     preprocess: Preprocess | None = None
     tokenise: Tokens | None = None
 
@@ -107,6 +115,8 @@ class Settings:
         if (self.preprocess is None) == (self.tokenise is None) or (self.tokenise is None) == bool(self.architecture.words):
             kind = "tokenise" if self.architecture.words else "preprocess"
             raise PlanError("preprocess and tokenise that do not fit the architecture", wanted=f"{kind}, and no other", do=AGAIN)
+        if isinstance(self.controller, Stops) != (self.plan.control == "checkpoints"):
+            raise PlanError(f"a controller that does not fit control = {self.plan.control!r}", wanted="the sizes of that kind", do=AGAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +125,7 @@ class Bundle:
 
     network: Network
     ladder: Ladder
-    controller: Controller
+    controller: Decider
     preprocess: Feed
     plan: Plan
     budget: float
@@ -138,7 +148,7 @@ def save(bundle: Bundle, folder: File, *, extra: Mapping[str, str] | None = None
         VERSION,
         bundle.plan,
         bundle.network.architecture,
-        Sizes(**bundle.controller.config()),
+        (Stops if isinstance(bundle.controller, Cascade) else Sizes)(**bundle.controller.config()),
         preprocess=feed if isinstance(feed, Preprocess) else None,
         tokenise=Tokens(feed.length, feed.padding, feed.pairs) if isinstance(feed, Tokenise) else None,
     )
@@ -253,13 +263,14 @@ def _settings(data: bytes, file: File) -> Settings:
     return validated(Settings, found, file)
 
 
-def _built(settings: Settings, file: File) -> tuple[Network, Controller]:
+def _built(settings: Settings, file: File) -> tuple[Network, Decider]:
     """Network and controller of these shapes, weights still to come."""
     try:
         network = Network(settings.architecture)
         for choice in settings.plan.choices:
             put(network, choice)
-        return network, Controller.from_config(asdict(settings.controller))
+        kind = Cascade if isinstance(settings.controller, Stops) else Controller
+        return network, kind.from_config(asdict(settings.controller))
     except ApportionError as error:
         raise BundleError(f"{file}: {error.found}", wanted=error.wanted, do=AGAIN) from error
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:  # sizes that no module can be built with
@@ -277,6 +288,9 @@ def _ladder(served: Served, settings: Settings, network: Network, file: File) ->
         network.glance(served.glance)
         for path in served.paths:
             network.space.check(path)
+        exits = [network.space.path(blocks=range(len(path.steps))) for path in served.paths]
+        if isinstance(settings.controller, Stops) and served.paths != tuple(exits):
+            raise PathError(f"checkpoints on {[path.name for path in served.paths]}", wanted="exits of the full path", do=AGAIN)
     except ApportionError as error:
         raise BundleError(f"{file}: {error.found}", wanted=error.wanted, do=AGAIN) from error
     return ladder

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from apportion.control import Cascade
 from apportion.deliver.bundle import Bundle
 from apportion.engine import lengths
 from apportion.intake import Feed, Samples, Tokenise
 from apportion.network import Network
-from apportion.vocab import Path
+from apportion.vocab import Ladder, Path
 
 Profile = Mapping[int, float]
 """Share of the samples (0..1) at each length that graphs are built for."""
@@ -53,6 +54,26 @@ def mean_macs(network: Network, path: Path, over: Profile | None = None) -> floa
     return sum(share * macs(network, path, length) for length, share in (over or {network.architecture.tokens: 1.0}).items())
 
 
+def rung_macs(network: Network, ladder: Ladder, length: int, *, decision: int, checkpoints: bool) -> list[int]:
+    """Multiply-adds of each rung for a text padded to `length` tokens, with all that deciding costs.
+
+    One decision: the glance's own answer and `decision`, whichever rung it is. Checkpoints: the answer of every exit that was passed.
+    """
+    paths = [macs(network, path, length) for path in ladder.paths]
+    if checkpoints:
+        answer = network.head.macs(length, network.architecture.prefix)
+        return [path + passed * answer for passed, path in enumerate(paths)]
+    shared = network.glance(ladder.glance).macs() + decision
+    return [path + shared for path in paths]
+
+
+def mean_rung_macs(network: Network, ladder: Ladder, over: Profile | None = None, *, decision: int = 0, checkpoints: bool = False) -> list[float]:
+    """The same of the average sample; without a profile, of one at full length."""
+    whole = over or {network.architecture.tokens: 1.0}
+    every = [[share * each for each in rung_macs(network, ladder, length, decision=decision, checkpoints=checkpoints)] for length, share in whole.items()]
+    return [sum(parts) for parts in zip(*every, strict=True)]
+
+
 @dataclass(frozen=True, slots=True)
 class Ledger:
     """GMACs at every length: of the rungs with all that the decision costs (lengths, k), and of the dense network (lengths,)."""
@@ -68,7 +89,7 @@ class Ledger:
         if not isinstance(bundle.preprocess, Tokenise):
             rungs = torch.tensor([[rung.gmacs for rung in bundle.rungs]], dtype=torch.float64)
             return cls((network.architecture.tokens,), rungs, torch.tensor([bundle.dense_gmacs], dtype=torch.float64))
-        every, decision = lengths(network.architecture.length), network.glance(ladder.glance).macs() + bundle.controller.macs
-        rungs = [[(macs(network, path, length) + decision) / 1e9 for path in ladder.paths] for length in every]
+        every, checkpoints = lengths(network.architecture.length), isinstance(bundle.controller, Cascade)
+        found = [rung_macs(network, ladder, length, decision=bundle.controller.macs, checkpoints=checkpoints) for length in every]
         dense = [macs(network, network.space.full, length) / 1e9 for length in every]
-        return cls(every, torch.tensor(rungs, dtype=torch.float64), torch.tensor(dense, dtype=torch.float64))
+        return cls(every, torch.tensor(found, dtype=torch.float64) / 1e9, torch.tensor(dense, dtype=torch.float64))

@@ -106,6 +106,8 @@ def page(
         )
     else:
         notes += ("The tolerance held on the images that placed the operating point; it was not certified: ask with a confidence.",)
+    if bundle.plan.control == "checkpoints":
+        notes += ("Every checkpoint answers, and whoever is sure enough leaves there: a path costs the answers on its way as well.",)
     if figures["slower_than_dense"]:
         notes += (f"Slower than dense here although cheaper: {'; '.join(figures['slower_than_dense'])}.",)
     conditions = {**{key: value for key, value in device().items() if isinstance(value, str | int | float)}, "dtype": "float32", "back-end": adapted.backend}
@@ -125,7 +127,7 @@ def page(
 
 def decision(bundle: Bundle, seen: Outcomes, found: Mapping[str, Any]) -> Decision:
     """What the controller believed of these inputs, and what came of it."""
-    said = bundle.controller.complexity(seen.signal)
+    said = bundle.controller.chance(seen)
     bins = (said * BINS).long().clamp(0, BINS - 1).flatten()
     kept = [(bins == number).nonzero()[:, 0] for number in range(BINS)]
     choice = decide(bundle.controller, seen, bundle.budget)

@@ -17,7 +17,7 @@ from apportion.deliver.adapted import Adapted
 from apportion.deliver.bundle import Bundle
 from apportion.deliver.costs import Ledger, places
 from apportion.deliver.page import card, page, shares_of
-from apportion.engine import build, cut, never_slower, serving
+from apportion.engine import build, cut, never_slower, plain, serving
 from apportion.errors import ControlError
 from apportion.intake import Samples, Tokenise
 from apportion.measure.doctor import device, fingerprint
@@ -61,9 +61,11 @@ def weigh(adapted: Adapted, dense: Network, samples: Samples, seen: Outcomes, de
     times = {batch: mixed([(share, timed(adapted, dense, sample, batch, repeats=repeats, tell=tell)) for share, sample in groups]) for batch in batches}
     rungs_ms = {str(batch): [found[f"rung {k}"].median_ms for k in range(len(bundle.rungs))] for batch, found in times.items()}
     full, sample = dense.space.full, groups[-1][1]
+    followed = adapted.built("eager", make=plain)
+    followed.warm()
     peaks = {
         "dense": peak_bytes(lambda: _quiet(dense.at(full), sample[: batches[1]])),
-        "adaptive": peak_bytes(lambda: _routed(adapted, sample[: batches[1]])),
+        "adaptive": peak_bytes(lambda: followed(sample[: batches[1]], budget=bundle.budget)),
     }
     ratios = {batch: ratio(found["adaptive"], found["dense"]) for batch, found in times.items()}
     figures = judged(bundle, seen, choice, dense_correct, place=place)
@@ -136,7 +138,7 @@ def judged(bundle: Bundle, seen: Outcomes, choice: Tensor, dense_correct: Tensor
 
 def standing(bundle: Bundle, seen: Outcomes, choice: Tensor) -> dict[str, Any]:
     """The controller between its bounds, on these inputs; `hull` is None where no mix of paths is as accurate."""
-    found = bounds(seen, acceptable_chance(bundle.controller.complexity(seen.signal)), choice)
+    found = bounds(seen, acceptable_chance(bundle.controller.chance(seen)), choice)
     plain = {**found._asdict(), "fano": found.fano._asdict()}
     return {name: None if value == math.inf else value for name, value in plain.items()}
 
@@ -176,15 +178,6 @@ def _slower(adapted: Adapted, times: Mapping[int, Mapping[str, Timing]]) -> list
 def _quiet(module: nn.Module, inputs: Tensor) -> Any:
     with serving():
         return module(inputs)
-
-
-def _routed(adapted: Adapted, inputs: Tensor) -> None:
-    """What the engine does with one batch, operator by operator, so that its allocations can be followed."""
-    with serving():
-        state, index = adapted.decide(inputs, torch.tensor(adapted.bundle.budget), torch.tensor(float("inf")))
-        for rung in index.unique().tolist():
-            rows = (index == rung).nonzero()[:, 0]
-            adapted.rungs[rung](state._replace(x=state.x[rows], size=state.size[rows], origin=state.origin[rows]))
 
 
 def fast_enough(weighed: Weighed, *, tell: Tell) -> Ladder | None:

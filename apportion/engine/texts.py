@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
-from apportion.engine.engine import Engine
 from apportion.errors import EngineError
 from apportion.vocab import Answer
+
+
+class Routed(Protocol):
+    """What runs samples along paths of their own: an Engine or a Relay."""
+
+    @property
+    def wanted(self) -> int: ...
+    def warm(self, progress: Callable[[str], None] | None = None) -> int: ...
+    def __call__(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Answer: ...
+    def forced(self, inputs: Tensor, rung: int) -> Answer: ...
+    def decided(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Tensor: ...
 
 
 @final
@@ -23,7 +33,7 @@ class Lengths:
     and the memory of their copies of the weights. An answer does not depend on the texts beside it, nor on what a text was padded to.
     """
 
-    def __init__(self, engines: Mapping[int, Engine], *, padding: int) -> None:
+    def __init__(self, engines: Mapping[int, Routed], *, padding: int) -> None:
         if not engines or list(engines) != sorted(engines) or min(engines) < 1:
             raise EngineError(f"engines for lengths {tuple(engines)}", wanted="positive lengths, ascending", do="Use for example (32, 64, 128).")
         self._engines, self._padding = dict(engines), padding

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apportion.methods import ops
 from apportion.vocab import Outcomes, Tokens
 
 Glance = Callable[[Tensor], tuple[Tokens, Tensor]]
@@ -26,10 +27,9 @@ def measure_outcomes(glance: Glance, rungs: Sequence[Callable[[Tokens], Tensor]]
         logits = torch.stack([rung(state).float() for rung in rungs], 1)  # (b, k, classes)
         answer = logits.argmax(-1)
         truth = answer[:, -1] if labels is None else labels
-        top = logits.softmax(-1).topk(2, -1).values
         columns["signal"].append(signal)
         columns["agree"].append(answer == answer[:, -1:])
         columns["correct"].append(answer == truth[:, None])
         columns["loss"].append(F.cross_entropy(logits.transpose(1, 2), truth[:, None].expand_as(answer), reduction="none"))
-        columns["margin"].append(top[..., 0] - top[..., 1])
+        columns["margin"].append(ops.margin(logits))
     return Outcomes(**{name: torch.cat(parts) for name, parts in columns.items()}, cost=cost)

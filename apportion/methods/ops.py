@@ -21,6 +21,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
+def margin(logits: Tensor) -> Tensor:
+    """How much likelier the first answer is than the second, (..., classes) -> (...): the confidence that tables and checkpoints share."""
+    top = logits.float().softmax(-1).topk(2, -1).values
+    return top[..., 0] - top[..., 1]
+
+
 def size_bias(tokens: Tokens) -> Tensor | None:
     """log(size) for every key, so that a merged token counts as often as the tokens it stands for and padding (size 0) never; None while all sizes are 1."""
     return tokens.size.log()[:, None, None, :] if tokens.reduced else None

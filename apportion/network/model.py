@@ -242,6 +242,10 @@ class Network(nn.Module):
         """Steps `first` up to `last` of a path: tokens in, tokens out, or logits where `last` is the end."""
         return Segment(self, first, last, path)
 
+    def station(self, first: int, last: int) -> Station:
+        """Steps `first` up to `last` of the full path, and the answer that could be given there: inputs (where `first` is 0) or tokens -> (tokens, logits)."""
+        return Station(self, first, last)
+
     def glance(self, steps: int) -> Glance:
         """The start that all paths of a ladder share: inputs -> (tokens, signal)."""
         return Glance(self, steps)
@@ -269,6 +273,20 @@ class Segment(nn.Module):
     def forward(self, tokens: Tokens) -> Tokens | Tensor:
         tokens = self.network.run(tokens, self.steps, before=self.before)
         return self.network.finish(tokens) if self.ends else tokens
+
+
+class Station(nn.Module):
+    def __init__(self, network: Network, first: int, last: int) -> None:
+        super().__init__()
+        full = network.space.full
+        if not 0 <= first < last <= len(full.steps):
+            raise PathError(f"steps {first} to {last}", wanted=f"a range within the {len(full.steps)} steps of the full path", do="Correct the range.")
+        self.network, self.steps, self.patch = network, full.steps[first:last], full.patch
+
+    def forward(self, given: Tensor | Tokens) -> tuple[Tokens, Tensor]:
+        tokens = given if isinstance(given, tuple) else self.network.tokeniser(given, self.patch)
+        tokens = self.network.run(tokens, self.steps)
+        return tokens, self.network.finish(tokens)
 
 
 class Glance(nn.Module):

@@ -90,8 +90,8 @@ def naive(made: Engine, inputs: Tensor, budget: float, cap: float = float("inf")
     """Each sample by itself through the modules as they are."""
     logits, path = [], []
     for one in inputs.split(1):
-        state, rung = made._decide(one, torch.tensor(budget), torch.tensor(cap))
-        logits.append(made._rungs[int(rung)](state))
+        state, rung = made._table.modules["decide"](one, torch.tensor(budget), torch.tensor(cap))
+        logits.append(made._table.modules[f"rung {int(rung)}"](state))
         path.append(int(rung))
     return torch.cat(logits), torch.tensor(path)
 
@@ -152,7 +152,7 @@ def test_a_forced_rung_is_taken_by_all(warm):
     inputs = samples(7)
     answer = warm.forced(inputs, 3)
     with torch.no_grad():
-        wanted = warm._rungs[3](warm._decide(inputs, torch.tensor(1.0), torch.tensor(9.0))[0])
+        wanted = warm._table.modules["rung 3"](warm._table.modules["decide"](inputs, torch.tensor(1.0), torch.tensor(9.0))[0])
     assert answer.path.tolist() == [3] * 7 and answer.cost.tolist() == [2.0] * 7
     torch.testing.assert_close(answer.logits, wanted, rtol=0, atol=1e-5)
     with pytest.raises(EngineError, match="rung 6"):

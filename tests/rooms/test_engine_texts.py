@@ -71,8 +71,8 @@ def naive(engine: Lengths, ids: Tensor) -> tuple[Tensor, Tensor]:
     some = engine._engines[8]
     logits, rungs = [], []
     for row in ids:
-        state, rung = some._decide(row[row != PAD][None], torch.tensor(1.0), torch.tensor(9.0))
-        logits.append(some._rungs[int(rung)](state))
+        state, rung = some._table.modules["decide"](row[row != PAD][None], torch.tensor(1.0), torch.tensor(9.0))
+        logits.append(some._table.modules[f"rung {int(rung)}"](state))
         rungs.append(int(rung))
     return torch.cat(logits), torch.tensor(rungs)
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from apportion import verbs
 from apportion.control import fit_controller
 from apportion.control.rules import confidence_cascade
+from apportion.deliver import deciding
 from apportion.errors import PathError, PlanError
 from apportion.intake import ImageSet, Preprocess
 from apportion.measure.macs import executed_macs
@@ -274,8 +274,8 @@ def test_control_learns_from_its_table():
     """A ladder over all three axes is measured and decided about as any network's is; the scout is charged to every rung."""
     network, (samples, feed) = tiny(), samples_of(120)
     ladder = Ladder((*network.settings()[::12], network.space.full), 0)
-    decision = verbs.decision_macs(2 * DIM + 7, len(ladder.paths))
-    table = verbs.outcomes(network, ladder, samples, feed, decision=decision)
+    decision = deciding.decision_macs(2 * DIM + 7, len(ladder.paths))
+    table = deciding.outcomes(network, ladder, samples, feed, decision=decision)
     ahead = network.settings()[0]
     spent = [network.macs(path) + network.segment_macs(0, 1, ahead) + decision for path in ladder.paths]
     assert_close(table.cost, torch.tensor(spent) / spent[-1])
@@ -289,7 +289,7 @@ def test_control_learns_from_its_table():
 def test_the_cascade_over_exits_costs_what_leaving_when_sure_does():
     network, (samples, feed) = tiny(), samples_of(8)
     exits = Ladder(tuple(network.space.path(blocks=range(n)) for n in (1, 2, 3)), 1)
-    table = verbs.outcomes(network, exits, samples, feed)
+    table = deciding.outcomes(network, exits, samples, feed)
     macs = torch.tensor([network.macs(path) for path in exits.paths], dtype=torch.float64)
     reuse = torch.cat([torch.zeros(1), macs[:-1] - network.head.macs(7, 0)]) / macs[-1]
     for thresholds, number in ((torch.tensor([0.0, 0.0]), 0), (torch.tensor([2.0, 0.0]), 1), (torch.tensor([2.0, 2.0]), 2)):

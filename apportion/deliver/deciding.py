@@ -1,0 +1,225 @@
+"""From a network with its paths to a bundle: which paths to serve, how to decide between them, and where to operate so that the tolerance holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apportion.control import (
+    Cascade,
+    Certificate,
+    Controller,
+    Decider,
+    OperatingPoint,
+    candidates,
+    certify,
+    choose_rungs,
+    decide,
+    exits,
+    fit_cascade,
+    fit_controller,
+    frontier,
+    operating_point,
+)
+from apportion.control.complexity import Complexity
+from apportion.control.policy import Policy
+from apportion.deliver.adapted import Adapted
+from apportion.deliver.bundle import Bundle, Rung
+from apportion.deliver.costs import Profile, mean_macs, mean_rung_macs, profile
+from apportion.engine import Backend, build
+from apportion.errors import ControlError, PlanError
+from apportion.intake import Feed, Parts, Samples, Source, Tokenise
+from apportion.measure.doctor import device
+from apportion.measure.forecast import forecast
+from apportion.measure.outcomes import measure_outcomes
+from apportion.network import Network
+from apportion.vocab import Ladder, Outcomes, Plan
+
+Tell = Callable[[str], None]
+BATCH = 100  # rows at a time while tables are measured
+CERTIFIED_BUDGETS = 9  # tested one after the other, from the full path's down to the one that was placed
+TRIAL_ROWS = 500  # on which every candidate path is tried; the chosen few are measured on all rows
+
+
+def choose_ladder(
+    network: Network, reference: Network, samples: Samples, feed: Feed, plan: Plan, over: Profile, *, backend: Backend, buckets: Sequence[int], tell: Tell
+) -> Ladder:
+    """Try every candidate path on some samples and keep the few that are worth serving, in multiply-adds or in the plan's milliseconds."""
+    trial = samples.rows(range(min(TRIAL_ROWS, len(samples))))
+    every = (exits if plan.control == "checkpoints" else candidates)(network.space, plan.glance)
+    tell(f"trying {len(every)} paths on {len(trial)} {'texts' if isinstance(feed, Tokenise) else 'images'}")
+    tried = sorted(every, key=lambda path: mean_macs(network, path, over))
+    table = outcomes(network, Ladder(tuple(tried), plan.glance), trial, feed, reference=reference, over=over)
+    cost = table.cost
+    if plan.search == "ms":
+        example, _ = next(samples.rows([0]).batches(1, feed))
+        times = forecast(network, tried, example, build=builder(backend), backend=backend, batches=(1, max(buckets)), tell=tell)
+        tell(f"times foretold from {times.points} that were measured: {100 * times.error:.1f} % off on paths left out, {100 * times.worst:.1f} % at worst")
+        ms = torch.tensor([times.ms(network, path, max(buckets)) for path in tried], dtype=cost.dtype)
+        cost = ms / ms[-1]
+    chosen = choose_rungs(table.correct.double().mean(0), cost, plan.rungs, correct=table.correct)
+    return Ladder(tuple(tried[index] for index in sorted(chosen)), plan.glance)  # cheapest first in multiply-adds: the table's order
+
+
+def builder(backend: Backend) -> Callable[[nn.Module, Tensor], Callable[[Tensor], Any]]:
+    """What makes a static graph of a module and its input."""
+    return lambda module, inputs: build(module, (inputs,), backend=backend, name="a path to time")
+
+
+def control(
+    network: Network,
+    reference: Network,
+    parts: Parts,
+    source: Source,
+    plan: Plan,
+    *,
+    ladder: Ladder | None = None,
+    backend: Backend,
+    buckets: Sequence[int],
+    tell: Tell,
+) -> tuple[Adapted, Outcomes]:
+    """Choose the paths to serve (where no ladder is given), learn to decide between them, and find the operating point that holds the tolerance."""
+    feed = source.feed or source.tokenise
+    over = profile(network, parts.place, feed)
+    ladder = ladder or choose_ladder(network, reference, parts.decide, feed, plan, over, backend=backend, buckets=buckets, tell=tell)
+    tell(f"learning to decide between {len(ladder.paths)} paths")
+    one, _ = next(parts.decide.rows([0]).batches(1, feed))
+    checkpoints = plan.control == "checkpoints"
+    decision = 0 if checkpoints else decision_macs(network.glance(ladder.glance)(one)[1].shape[1], len(ladder.paths))
+
+    def table(ladder: Ladder, part: Samples, decision: int) -> Outcomes:
+        return outcomes(network, ladder, part, feed, decision=decision, checkpoints=checkpoints, reference=reference, over=over)
+
+    fitted, placed = table(ladder, parts.decide, decision), table(ladder, parts.place, decision)
+    # The tolerance is against the model that was read, so what healing gave or took at full counts too.
+    before = outcomes(reference, Ladder((reference.space.full,), 0), parts.place, feed)
+    lost = 100 * (before.correct.double().mean() - placed.correct[:, -1].double().mean()).item()
+    first, controller, point = settle(fitted, placed, plan.tolerance - lost, learn=stopping if checkpoints else partial(learned, seed=plan.seed))
+    ladder = Ladder(ladder.paths[first:], plan.glance)
+    tell(f"operating at {point.mean_cost:.3f} of the full path, on {len(ladder.paths)} paths")
+    certificate = None
+    if plan.confidence > 0:
+        if parts.certify is None:
+            raise PlanError(f"confidence {plan.confidence:g} and nothing to certify on", wanted="samples that nothing else saw", do="Give Parts some.")
+        kept = outcomes(reference, Ladder((reference.space.full,), 0), parts.certify, feed).correct[:, 0]
+        certificate = certified(table(ladder, parts.certify, controller.macs), kept, controller, plan, least=point.budget)
+        tell(f"certified at {certificate.mean_cost:.3f} of the full path: at most {plan.tolerance:g} points lost, with confidence {plan.confidence:g}")
+    gmacs = [each / 1e9 for each in mean_rung_macs(network, ladder, over, decision=controller.macs, checkpoints=checkpoints)]
+    seen = table(ladder, parts.report, controller.macs)
+    accuracy = seen.correct.double().mean(0).tolist()
+    bundle = Bundle(
+        network=network,
+        ladder=ladder,
+        controller=controller,
+        preprocess=feed,
+        plan=plan,
+        budget=point.budget if certificate is None else certificate.budget,
+        rungs=tuple(Rung(g, a) for g, a in zip(gmacs, accuracy, strict=True)),
+        frontier=tuple(frontier(controller, seen, torch.linspace(gmacs[0] / gmacs[-1] + 1e-3, 1.0, 12).tolist())),
+        dense_gmacs=mean_macs(reference, reference.space.full, over) / 1e9,
+        classes=named(tuple(source.classes or parts.report.classes), network.architecture.classes),
+        certificate=certificate,
+        provenance={
+            "source": source.provenance,
+            "made_on": device(),
+            "rows": {"decide": len(parts.decide), "place": len(parts.place), "report": len(parts.report), "certify": len(parts.certify or ())},
+        },
+    )
+    return Adapted(bundle, backend=backend, buckets=buckets), seen
+
+
+def certified(table: Outcomes, before: Tensor, controller: Decider, plan: Plan, *, least: float) -> Certificate:
+    """The cheapest budget from `least` on at which the drop against the network that was read, which is right where `before` (n,) says, is certified."""
+    return certify(
+        lambda budget: decide(controller, table, budget),
+        table,
+        tolerance_points=plan.tolerance,
+        budgets=torch.linspace(least, float(table.cost[-1]), CERTIFIED_BUDGETS).tolist(),
+        delta=1 - plan.confidence,
+        reference=before,
+    )
+
+
+def settle(fitted: Outcomes, placed: Outcomes, tolerance: float, *, learn: Callable[[Outcomes, Outcomes], Decider]) -> tuple[int, Decider, OperatingPoint]:
+    """The first rung to serve, a controller of those from it on, and the cheapest operating point that keeps the tolerance.
+
+    With few rows to learn from, a poor cheapest rung tempts a controller more than it helps it; with one rung fewer below, the same budget goes further. The
+    smallest budget of each choice sends everything to its cheapest rung, so static paths are among what is compared. A second controller learns on `placed`
+    and is judged on `fitted`, so that all rows place the point and none judges what it taught. Raises ControlError where nothing holds.
+    """
+    rungs, found = torch.arange(len(fitted.cost)), list[tuple[int, Decider, OperatingPoint]]()
+    for first in range(len(rungs) - 1):
+        ours, theirs = fitted.columns(rungs[first:]), placed.columns(rungs[first:])
+        controller, swapped = learn(ours, theirs), learn(theirs, ours)
+
+        def choose(budget: float, taught: Outcomes = ours, kept: Outcomes = theirs, a: Decider = controller, b: Decider = swapped) -> Tensor:
+            return torch.cat((decide(a, kept, budget), decide(b, taught, budget)))
+
+        try:
+            found.append((first, controller, operating_point(choose, joined(theirs, ours), tolerance)))
+        except ControlError as error:
+            if first == len(rungs) - 2 and not found:
+                raise error
+    return min(found, key=lambda choice: choice[2].mean_cost)
+
+
+def learned(fit: Outcomes, held: Outcomes, *, seed: int) -> Controller:
+    """A controller taught on `fit`, its probabilities and budgets made true on `held`."""
+    return fit_controller(joined(fit, held), **_parts(fit, held), seed=seed)
+
+
+def stopping(fit: Outcomes, held: Outcomes) -> Cascade:
+    """Thresholds for checkpoints from `fit`, their budgets and probabilities made true on `held`."""
+    return fit_cascade(joined(fit, held), **_parts(fit, held))
+
+
+def _parts(fit: Outcomes, held: Outcomes) -> dict[str, Tensor]:
+    fit_rows, calibrate_rows = torch.arange(len(fit.correct) + len(held.correct)).split([len(fit.correct), len(held.correct)])
+    return {"fit_rows": fit_rows, "calibrate_rows": calibrate_rows}
+
+
+def outcomes(
+    network: Network,
+    ladder: Ladder,
+    samples: Samples,
+    feed: Feed,
+    *,
+    decision: int = 0,
+    checkpoints: bool = False,
+    reference: Network | None = None,
+    over: Profile | None = None,
+) -> Outcomes:
+    """The table of these samples along the paths of the ladder; costs are closed-form multiply-adds with those of deciding, as shares of the full path.
+
+    `decision`: multiply-adds of the controller. Without labels, right is what `reference` answers, or where there is none the ladder's own full path.
+    `over`: how texts are spread over lengths; costs are means over it.
+    """
+    rungs = [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths]
+    glance = network.glance(ladder.glance)
+    cost = torch.tensor(mean_rung_macs(network, ladder, over, decision=decision, checkpoints=checkpoints), dtype=torch.float64)
+    sizes = samples.sizes(feed)
+    order = None if sizes is None else sizes.argsort(stable=True)  # texts of one length share a batch
+    batches = (samples if order is None else samples.rows(order)).batches(BATCH, feed)
+    if samples.labels is None and reference is not None:
+        batches = ((inputs, reference(inputs, reference.space.full).argmax(-1)) for inputs, _ in batches)
+    table = measure_outcomes(glance, rungs, batches, cost=(cost / cost[-1]).float())
+    return table if order is None else table.rows(order.argsort())
+
+
+def decision_macs(features: int, rungs: int) -> int:
+    """Multiply-adds of the controller that `fit_controller` will make of such a table."""
+    return Complexity(features=features, rungs=rungs).macs + Policy(features=features, rungs=rungs).macs
+
+
+def named(classes: tuple[str, ...], outputs: int) -> tuple[str, ...]:
+    """A name for every output: its number where the data does not name it; none where nothing is named."""
+    return (*classes, *map(str, range(len(classes), outputs))) if classes else ()
+
+
+def joined(first: Outcomes, second: Outcomes) -> Outcomes:
+    columns = {name: torch.cat((getattr(first, name), getattr(second, name))) for name in ("signal", "correct", "agree", "loss", "margin")}
+    return Outcomes(**columns, cost=first.cost)

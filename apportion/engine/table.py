@@ -1,0 +1,104 @@
+"""Graphs by name and bucket: all built before the first call, none after, whoever does the routing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from apportion.engine.graph import Backend, Graph, check_backend
+from apportion.errors import EngineError
+
+
+class Build(Protocol):
+    """What makes a graph of a module and its example."""
+
+    def __call__(self, module: nn.Module, example: tuple[Any, ...], /, *, backend: Backend, name: str) -> Graph: ...
+
+
+def plain(module: nn.Module, example: tuple[Any, ...], /, *, backend: Backend, name: str) -> Graph:
+    """The module itself, operator by operator: for whoever follows what a call does. It is not for serving: nothing is captured, and nothing sealed."""
+    return Graph(module, 0)
+
+
+@final
+class Table:
+    """One graph for each module and bucket. `input_shape`, `dtype`: of one sample, without the batch; graphs are built on inputs that are all `fill`.
+
+    The device is the one that the modules are on. Raises EngineError for an unknown back-end or buckets that are not positive and ascending.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        *,
+        buckets: Sequence[int],
+        backend: Backend,
+        input_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        fill: int,
+        make: Build,
+    ) -> None:
+        check_backend(backend)
+        if not buckets or min(buckets) < 1 or list(buckets) != sorted(set(buckets)):
+            raise EngineError(f"buckets {tuple(buckets)}", wanted="positive batch sizes, ascending", do="Use for example (1, 8, 32).")
+        self.buckets = tuple(buckets)
+        self.modules, self._make = dict(modules), make
+        self._backend: Backend = backend
+        self._shape, self._dtype, self._fill = tuple(input_shape), dtype, fill
+        tensors = chain.from_iterable(part for module in modules.values() for part in (module.parameters(), module.buffers()))
+        self._device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        self._graphs: dict[tuple[str, int], Graph] = {}
+
+    @property
+    def wanted(self) -> int:
+        """How many graphs there are to build."""
+        return len(self.modules) * len(self.buckets)
+
+    @property
+    def whole(self) -> bool:
+        return len(self._graphs) == self.wanted
+
+    def __getitem__(self, key: tuple[str, int]) -> Graph:
+        return self._graphs[key]
+
+    def add(self, name: str, example: tuple[Any, ...], size: int, progress: Callable[[str], None] | None) -> Any:
+        """Build one graph, if it is not there yet, and what it gives for the example; `progress` hears of it before. Raises EngineError."""
+        if (name, size) not in self._graphs:
+            text = f"{name}, batch {size}"
+            if progress is not None:
+                progress(f"graph {len(self._graphs) + 1} of {self.wanted}: {text}")
+            self._graphs[name, size] = self._make(self.modules[name], example, backend=self._backend, name=text)
+        return self._graphs[name, size](*example)
+
+    def same_shape(self, answers: set[tuple[int, ...]]) -> None:
+        """Raises EngineError, and forgets every graph, where the rungs do not all answer in one shape."""
+        if len(answers) != 1:
+            self._graphs.clear()
+            raise EngineError(f"rungs that answer in shapes {sorted(answers)}", wanted="one shape for all", do="Give every rung the same head.")
+
+    def blank(self) -> Tensor:
+        """Inputs for the largest bucket."""
+        return torch.full((self.buckets[-1], *self._shape), self._fill, dtype=self._dtype, device=self._device)
+
+    def limits(self, budget: float, cap: float) -> tuple[Tensor, Tensor]:
+        """Budget and cap as graphs take them. Raises EngineError for what is not a number."""
+        if math.isnan(budget) or math.isnan(cap):
+            raise EngineError(f"budget {budget} with cap {cap}", wanted="two numbers", do="State what may be spent.")
+        return torch.tensor(budget, dtype=torch.float32, device=self._device), torch.tensor(cap, dtype=torch.float32, device=self._device)
+
+    def check(self, inputs: Tensor) -> None:
+        """Raises EngineError before all graphs are there, and for inputs of another shape, dtype or device."""
+        if not self.whole:
+            raise EngineError(f"{len(self._graphs)} of {self.wanted} graphs built", wanted="all of them before the first call", do="Call warm() once.")
+        found = (tuple(inputs.shape[1:]), inputs.dtype, inputs.device)
+        if found != (self._shape, self._dtype, self._device) or not len(inputs):
+            raise EngineError(
+                f"inputs of shape {tuple(inputs.shape)}, {inputs.dtype}, on {inputs.device}",
+                wanted=f"(b, {', '.join(map(str, self._shape))}) with b >= 1, {self._dtype}, on {self._device}",
+                do="Resize or convert the inputs, or make an engine for this shape.",
+            )
