@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "tanh"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "tanh", "identity"]
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Shape and flavour of a dense encoder for images, or for texts where `words` is not 0 (then `image_size` and `patch` are).
+    """Shape and flavour of a dense encoder for images; for texts where `words` is not 0, for sound where `samples` or `frames` is (then `image_size` is 0).
+
+    Sound is a waveform of `samples` numbers, or a spectrogram of `frames` by `bands`: cut into patches, or with `patch` 0 convolved along time.
 
     `eps` is that of all norms; `classes` 0 means that the head returns the pooled features. A path's token counts are stated at `length` tokens; a
     shorter text keeps the same share. With `global_every` above 1, block i has a `window` and `rotary_local` unless i is a multiple of it. For images, rotary
@@ -41,7 +43,7 @@ class Architecture:
     final_norm: bool = True
     head_norm: bool = False  # a norm after pooling
     head_bias: bool = True
-    pool: Literal["class_token", "mean", "attention_pool", "distilled"] = "class_token"
+    pool: Literal["class_token", "mean", "attention_pool", "distilled", "prefix_mean"] = "class_token"
     norm_bias: bool = True
     first_norm: bool = True  # False: no norm before the first mixer (ModernBERT)
     gated: bool = False  # GeGLU, SwiGLU: hidden units multiplied by those of a third layer
@@ -51,7 +53,7 @@ class Architecture:
     window: int = 0  # how far a token sees to either side; 0: everywhere
     global_every: int = 1
     relative_buckets: int = 0  # of a learned bias by distance; 0: none
-    head_hidden: Activation | None = None  # a layer of `dim` units before the classes
+    head_hidden: Activation | None = None  # a layer of `head_width` units before the classes
     head_hidden_bias: bool = True
     head_hidden_norm: bool = False
     head_unit: bool = False  # an answer of length 1
@@ -70,15 +72,50 @@ class Architecture:
     ffn_norm: bool = False  # a norm over the hidden units
     pool_heads: int = 0  # of an attention pool; 0: heads
     pool_hidden: int = 0  # 0: hidden
+    head_width: int = 0  # 0: dim
+    samples: int = 0  # of a waveform
+    frames: int = 0  # of a spectrogram
+    bands: int = 0
+    patch_steps: tuple[int, int] = (0, 0)  # from one patch of a spectrogram to the next, in bands and in frames: patches may overlap
+    wave_channels: tuple[int, ...] = ()  # of the convolutions over a waveform, first to last
+    wave_kernels: tuple[int, ...] = ()
+    wave_steps: tuple[int, ...] = ()
+    wave_norm: Literal["group", "layer"] = "group"  # over time behind the first of them, or over channels behind each
+    wave_bias: bool = False
+    wave_activation: Activation = "gelu"  # also behind the convolution that gives positions
+    wave_project_norm: bool = True  # a norm before what they found is projected
+    position_kernel: int = 0  # tokens that the convolution sees that gives positions
+    position_groups: int = 1
+    relative_range: int = 128  # distance from which on all share the last bucket
+    relative_gate: bool = False  # each query says how much of the bias by distance it lets in (WavLM)
 
     @property
     def tokens(self) -> int:
-        return self.length if self.words else self.grid**2 + self.prefix
+        if self.words:
+            return self.length
+        if self.samples:
+            n = self.samples
+            for kernel, step in zip(self.wave_kernels, self.wave_steps, strict=True):
+                n = (n - kernel) // step + 1
+            return n
+        if self.frames and self.patch:
+            rows, columns = ((side - self.patch) // step + 1 for side, step in zip((self.bands, self.frames), self.patch_steps, strict=True))
+            return rows * columns + self.prefix
+        return (self.frames + 1) // 2 if self.frames else self.grid**2 + self.prefix
 
     @property
     def grid(self) -> int:
-        """Patches on a side; 0 for texts."""
-        return 0 if self.words else self.image_size // self.patch
+        """Patches on a side of an image; 0 for texts and sound."""
+        return self.image_size // self.patch if self.image_size else 0
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one sample: what a batch of inputs has behind its first axis. A text may be shorter."""
+        if self.words or self.samples:
+            return (self.length if self.words else self.samples,)
+        if self.frames:
+            return (self.frames, self.bands) if self.patch else (self.bands, self.frames)
+        return (self.channels, self.image_size, self.image_size)
 
     @property
     def prefix(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from apportion.errors import PathError
 from apportion.methods import find
 from apportion.network.architecture import Architecture
+from apportion.network.gate import Gate
 from apportion.vocab import Notes, Path, Space, Step, Tokens
 
 
@@ -29,7 +30,15 @@ class Unit(nn.Module):
 
 
 def activation(name: str) -> nn.Module:
-    plain = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU(), "relu": nn.ReLU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}
+    plain = {
+        "gelu": nn.GELU(),
+        "gelu_tanh": nn.GELU(approximate="tanh"),
+        "quick_gelu": QuickGELU(),
+        "relu": nn.ReLU(),
+        "silu": nn.SiLU(),
+        "tanh": nn.Tanh(),
+        "identity": nn.Identity(),
+    }
     return plain[name]
 
 
@@ -52,6 +61,8 @@ def tokeniser(a: Architecture) -> Any:
             class_token=a.class_token,
             norm=layer_norm(a, embedding) if a.stem_norm else nn.Identity(),
         )
+    if a.samples or a.frames:
+        return _of_sound(a)
     return find("tokeniser", "patch")(
         image_size=a.image_size,
         channels=a.channels,
@@ -66,15 +77,37 @@ def tokeniser(a: Architecture) -> Any:
     )
 
 
+def _of_sound(a: Architecture) -> Any:
+    if a.samples:
+        return find("tokeniser", "wave")(
+            samples=a.samples,
+            dim=a.dim,
+            channels=a.wave_channels,
+            kernels=a.wave_kernels,
+            steps=a.wave_steps,
+            layer_norms=a.wave_norm == "layer",
+            bias=a.wave_bias,
+            act=activation(a.wave_activation),
+            position_kernel=a.position_kernel,
+            position_groups=a.position_groups,
+            project_norm=layer_norm(a, a.wave_channels[-1]) if a.wave_project_norm else nn.Identity(),
+            norm=layer_norm(a) if a.stem_norm else nn.Identity(),
+        )
+    if not a.patch:
+        return find("tokeniser", "frame")(frames=a.frames, bands=a.bands, dim=a.dim)
+    return find("tokeniser", "spectrogram")(frames=a.frames, bands=a.bands, patch=a.patch, steps=a.patch_steps, dim=a.dim, prefix=a.prefix)
+
+
 def projection(a: Architecture) -> nn.Module:
     """From what was pooled to the answer."""
     layers: list[nn.Module] = []
+    width = (a.head_width if a.head_hidden else 0) or a.dim
     if a.head_hidden:
-        layers += [nn.Linear(a.dim, a.dim, bias=a.head_hidden_bias), activation(a.head_hidden)]
+        layers += [nn.Linear(a.dim, width, bias=a.head_hidden_bias), activation(a.head_hidden)]
     if a.head_hidden_norm:
-        layers.append(layer_norm(a))
+        layers.append(layer_norm(a, width))
     if a.classes:
-        layers.append(nn.Linear(a.dim, a.classes, bias=a.head_bias))
+        layers.append(nn.Linear(width, a.classes, bias=a.head_bias))
     if a.head_unit:
         layers.append(Unit())
     return nn.Sequential(*layers) if len(layers) > 1 else (layers or [nn.Identity()])[0]
@@ -109,6 +142,8 @@ class Block(nn.Module):
             rotary=a.rotary if everywhere else a.rotary_local,
             window=0 if everywhere else a.window,
             relative=a.relative_buckets,
+            relative_range=a.relative_range,
+            gate=Gate(a.heads, linear(a.dim, 2 * a.heads)) if a.relative_gate else None,
             grid=a.grid,
             start=a.rotary_start,
             step=a.rotary_step,
@@ -152,7 +187,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Images (b, channels, side, side), or texts as the word tokeniser takes them, and a path in; logits (b, classes) out."""
+    """Images (b, channels, side, side), or texts or sound as their tokenisers take them, and a path in; logits (b, classes) out."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -166,10 +201,11 @@ class Network(nn.Module):
             if a.pool == "attention_pool"
             else {}
         )
+        project = projection(a)
         self.head = find("head", a.pool)(
             norm=layer_norm(a) if a.head_norm else nn.Identity(),
-            project=projection(a),
-            macs_per_token=a.dim * (a.classes + (a.dim if a.head_hidden else 0)),
+            project=project,
+            macs_per_token=sum(part.in_features * part.out_features for part in project.modules() if isinstance(part, nn.Linear)),
             dim=a.dim,
             **extra,
         )

@@ -1,4 +1,4 @@
-"""What every tokeniser of images keeps to; that of texts has its own tests."""
+"""What every tokeniser of images keeps to; those of texts and of sound have their own tests."""
 
 from __future__ import annotations
 
