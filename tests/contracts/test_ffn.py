@@ -26,7 +26,8 @@ def test_a_slice_is_the_plain_one_masked(name):
     assert ffn.choices == tuple(sorted(ffn.choices)) and ffn.choices[-1] == HIDDEN
     for width in ffn.choices:
         assert_close(ffn(x, width), masked(dense, x, width), rtol=1e-4, atol=1e-6)
-    assert torch.equal(ffn(x, HIDDEN), dense(x, HIDDEN))
+    # To the rounding of float64: a method may group tokens into products of its own, whose sums run in another order.
+    assert_close(ffn.double()(x.double(), HIDDEN), dense.double()(x.double(), HIDDEN), rtol=1e-13, atol=1e-13)
 
 
 @every

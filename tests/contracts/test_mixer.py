@@ -83,9 +83,8 @@ def test_with_and_without_gradient_it_is_one_function(name):
 
 @every
 def test_heads_in_another_order_give_the_same_output(name):
-    mixer, _ = fitted("mixer", name)
-    shake(mixer)
-    tokens = tokens_of(2, 9)
+    mixer, tokens = shake(fitted("mixer", name)[0]).double(), tokens_of(2, 9)
+    tokens = tokens._replace(x=tokens.x.double(), size=tokens.size.double())  # what iterates makes more of a difference in rounding
     before, importance = mixer(tokens, HEADS), mixer.contribution()
     assert len(importance.strength) == importance.unit * HEADS
     order = torch.tensor([2, 0, 3, 1])
