@@ -123,7 +123,7 @@ def adapt(
     plan: Annotated[File | None, typer.Option(help="A plan in TOML; the options above come on top of it.")] = None,
     timm_name: Annotated[str | None, typer.Option(help="The timm model that a .safetensors file belongs to.")] = None,
     random: Annotated[bool, typer.Option("--random", help="Untrained weights, to try the way without a download.")] = False,
-    length: Annotated[int | None, typer.Option(help="Tokens that texts are cut to; without it as many as the model takes, up to 512.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a text, or samples of a recording, at most; without it 512 or 16,000, or fewer.")] = None,
     columns: Columns = None,
     method: Annotated[str | None, typer.Option(help="acm: a gate gives every token its own width (needs epochs), in place of nested widths.")] = None,
     backend: BackendName = "inductor",
@@ -182,13 +182,13 @@ def demo(
 @app.command()
 def run(
     folder: Folder,
-    inputs: Annotated[list[str], typer.Argument(help="Pictures, or folders of them; for a model of texts tables of them, or texts as they stand.")],
+    inputs: Annotated[list[str], typer.Argument(help="Pictures or recordings, or folders of them; for texts tables of them, or texts as they stand.")],
     budget: Annotated[str | None, typer.Option(help="0.5x, 12ms or 2GMACs per input; with < before it, a cap.")] = None,
     columns: Columns = None,
     backend: BackendName = "eager",
     as_json: Json = False,
 ) -> None:
-    """Label, path and cost of each picture or text. One that cannot be read is named, the others are answered, and the exit code is 5."""
+    """Label, path and cost of each picture, recording or text. One that cannot be read is named, the others are answered, and the exit code is 5."""
     from apportion import verbs
 
     rows, skipped = verbs.run(folder, inputs, budget=budget, columns=named(columns), backend=verbs.backend(backend))
@@ -242,7 +242,7 @@ def inspect(
     timm_name: Annotated[str | None, typer.Option(help="The timm model that a .safetensors file belongs to.")] = None,
     random: Annotated[bool, typer.Option("--random", help="Untrained weights, to look without a download.")] = False,
     image_size: Annotated[int | None, typer.Option(help="Side of the images, where it is to be another than the model's own.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a text at full.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a text at full, or samples of a recording.")] = None,
     as_json: Json = False,
 ) -> None:
     """What a model is read as: its parts with parameters and GMACs, the axes that can adapt, and what is refused and why. Nothing is trained or measured."""

@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 from apportion import methods
-from apportion.control import candidates
+from apportion.control import candidates, exits
 from apportion.deliver.adapted import load
 from apportion.deliver.costs import profile
 from apportion.deliver.deciding import BATCH, control, outcomes
 from apportion.deliver.weighing import Weighed, check_time, fast_enough, weigh
 from apportion.engine import Backend
 from apportion.errors import DataError, EngineError, PlanError
-from apportion.intake import Feed, Parts, Preprocess, Samples, Tokenise, matched, opened, read_model, reader
+from apportion.intake import KINDS, Feed, Listen, Parts, Preprocess, Samples, Tokenise, matched, opened, read_model, reader
 from apportion.measure.inspect import Inspection, inspected
 from apportion.network import Architecture, Network, put, sort_by_importance
-from apportion.train import Data, Images, Recipe, Texts, acm, dense, fit, sandwich
+from apportion.train import Data, Images, Recipe, Sounds, Texts, acm, dense, fit, sandwich
 from apportion.vocab import Choice, Ladder, Plan
 
 Tell = Callable[[str], None]
@@ -64,14 +64,14 @@ def adapt(
     plan = plan if confidence is None else replace(plan, confidence=confidence)
     tell(f"reading {model if not isinstance(model, nn.Module) else type(model).__name__}")
     source = read_model(model, timm_name=timm_name, random=random, preprocess=preprocess, length=length)
-    feed = source.feed or source.tokenise
+    feed = source.fed
     if not isinstance(data, Parts):
         read = reader(feed, source.classes, columns)
         data = Parts.read(data, seed=plan.seed, teach=plan.epochs > 0, certify=plan.confidence > 0, tell=tell, read=read)
     source, parts = matched(source, data), data
     parts.check(source.network.architecture.classes)
     reference = copy.deepcopy(source.network).eval().requires_grad_(False)
-    feed = source.feed or source.tokenise
+    feed = source.fed
     taught = prepare(source.network, parts, feed, plan, folder=None if out is None else File(out) / "training", tell=tell)
     adapted, seen = control(taught, reference, parts, source, plan, backend=backend, buckets=buckets, tell=tell)
     dense_correct = outcomes(reference, Ladder((reference.space.full,), 0), parts.report, feed).correct[:, 0]
@@ -88,19 +88,19 @@ def adapt(
 
 
 def scratch(
-    data: str | File, *, recipe: Recipe, architecture: Architecture, folder: File | None = None, tell: Tell = silent
-) -> tuple[Network, Preprocess, Parts]:
-    """Train a dense network for people who bring data and no model; it then goes through `adapt` like any other."""
-    parts = Parts.read(data, seed=recipe.seed, tell=tell)
-    images = parts.teach
-    if images is None or images.labels is None:
-        raise DataError("images without labels", wanted="a class for each", do="Put the images of each class into a folder of their own.")
-    preprocess = Preprocess(architecture.image_size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    data: str | File, *, recipe: Recipe, architecture: Architecture, feed: Preprocess | Listen | None = None, folder: File | None = None, tell: Tell = silent
+) -> tuple[Network, Preprocess | Listen, Parts]:
+    """Train a dense network of images, or of sound where `feed` is a Listen, for people who bring data and no model; then it goes through `adapt`."""
+    feed = feed or Preprocess(architecture.image_size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    parts, what = Parts.read(data, seed=recipe.seed, tell=tell, read=reader(feed, None)), KINDS[type(feed)][1]
+    samples = parts.teach
+    if samples is None or samples.labels is None:
+        raise DataError(f"{what} without labels", wanted="a class for each", do=f"Put the {what} of each class into a folder of their own.")
     torch.manual_seed(recipe.seed)
-    network = Network(replace(architecture, classes=len(images.classes)))
-    tell(f"training {architecture.depth} blocks of width {architecture.dim} on {len(images)} images")
-    fit(network, _memory(images, preprocess), dense(label_smoothing=recipe.label_smoothing), recipe=recipe, folder=folder)
-    return network, preprocess, parts
+    network = Network(replace(architecture, classes=len(samples.classes)))
+    tell(f"training {architecture.depth} blocks of width {architecture.dim} on {len(samples)} {what}")
+    fit(network, _memory(samples, feed), dense(label_smoothing=recipe.label_smoothing), recipe=recipe, folder=folder)
+    return network, feed, parts
 
 
 def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: File | None, tell: Tell) -> Network:
@@ -118,7 +118,9 @@ def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: F
         tell(f"teaching the paths for {plan.epochs} epochs")
         crop = max(1, feed.size // 8) if isinstance(feed, Preprocess) else 0
         recipe = Recipe(epochs=plan.epochs, batch=plan.batch, learning_rate=plan.learning_rate, seed=plan.seed, crop_padding=crop)
-        objective, data = sandwich(candidates(network.space, plan.glance), teacher=teacher), _memory(parts.teach, feed)
+        # Tokens of an early exit that had to look like the full path's own would hold it back.
+        paths, weight = (exits, 0.1) if plan.control == "checkpoints" else (candidates, 1.0)
+        objective, data = sandwich(paths(network.space, plan.glance), teacher=teacher, feature_weight=weight), _memory(parts.teach, feed)
         if gated(plan):
             acm.teach(network, data, teacher=teacher, last=objective, recipe=recipe, folder=folder)
         else:
@@ -145,7 +147,8 @@ def _memory(samples: Samples, feed: Feed) -> Data:
     if isinstance(feed, Tokenise):
         inputs, labels = next(samples.batches(len(samples), feed))
         return Texts(inputs, labels, padding=feed.padding)
-    return Images(torch.cat([inputs for inputs, _ in samples.batches(BATCH, feed)]), samples.labels)
+    inputs = torch.cat([inputs for inputs, _ in samples.batches(BATCH, feed)])
+    return Images(inputs, samples.labels) if isinstance(feed, Preprocess) else Sounds(inputs, samples.labels)
 
 
 def bench(
@@ -183,7 +186,7 @@ def demo(out: str | File, *, epochs: float = 20.0, backend: Backend = "inductor"
 def run(
     folder: str | File, inputs: Sequence[str | File], *, budget: str | None = None, columns: Mapping[str, str] | None = None, backend: Backend = "eager"
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """Label, probability, path and GMACs of each picture among files and folders, or of each text, and what could not be read, each with the reason."""
+    """Label, probability, path and GMACs of each picture or recording in files and folders, or each text, and what could not be read, with the reason."""
     adapted, rows, skipped = load(folder, backend=backend), list[dict[str, Any]](), list[tuple[str, str]]()
     given = opened(inputs, adapted.bundle.preprocess, columns)
     while part := list(islice(given, BATCH)):
@@ -197,7 +200,7 @@ def run(
             some, top.indices.tolist(), top.values.tolist(), answer.path.tolist(), answer.cost.tolist(), strict=True
         ):
             name = adapted.bundle.classes[label] if adapted.bundle.classes else str(label)
-            text = {"text": one} if isinstance(one, str | tuple) else {}
+            text = {"text": one} if isinstance(adapted.bundle.preprocess, Tokenise) else {}
             path = adapted.bundle.ladder.paths[rung].name
             rows.append({"file": file, **text, "label": name, "probability": probability, "path": path, "gmacs": gmacs})
     return rows, skipped

@@ -44,6 +44,14 @@ def text(
 
 
 @app.command()
+def audio(data: Data, runs: File = File("runs/audio"), repeats: int = 30) -> None:
+    """A small encoder of our own for spoken digits, dense against adaptive."""
+    from bench import audio as bench
+
+    bench.main(data, runs, repeats=repeats)
+
+
+@app.command()
 def control(data: Data, runs: File = File("runs/cifar")) -> None:
     """Deciding: made-up populations with a known optimum, and the networks that `cifar` trained."""
     from bench import control as bench
@@ -110,6 +118,7 @@ def everything(data: Data, model: Annotated[File, typer.Option(help="DeiT-Tiny's
     deit(data, model)
     peers(data, model)
     perceiver()
+    audio(data)
     systems(data, model)
     tables()
 

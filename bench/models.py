@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"vit_pe_core_base_patch16_224": {"attn_poo
 TINY: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 ALWAYS = {"vocab_size": 60, "max_position_embeddings": 60, "num_labels": 3, "initializer_range": 0.2, "pad_token_id": 0}
+DISTANCES = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0}
 SPECIAL: dict[str, dict[str, Any]] = {
     "DistilBert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
     "Electra": {"embedding_size": 16},
@@ -45,9 +46,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ModernBert": {"pad_token_id": 59, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 10},
     "MPNet": {"pad_token_id": 1},
     **{name: {"pad_token_id": 1, "type_vocab_size": 1} for name in ("Roberta", "XLMRoberta", "Camembert", "Data2VecText")},
+    "Albert": {"embedding_size": 16},
+    "Deberta": DISTANCES,
+    "DebertaV2": {**DISTANCES, "position_buckets": 16, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
 }
 REFUSED_TEXT = {
-    **dict.fromkeys(("Albert", "DebertaV2", "MegatronBert", "Longformer", "FNet"), "ForSequenceClassification"),
+    **dict.fromkeys(("MegatronBert", "Longformer", "FNet"), "ForSequenceClassification"),
     "Bert": "ForMaskedLM",
     "Roberta": "ForTokenClassification",
     "Electra": "ForQuestionAnswering",

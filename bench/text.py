@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 
-from apportion.deliver import deciding
-from apportion.deliver.weighing import weigh
 from apportion.intake import Parts, Samples, Source, Tokenise, read_model, reader
 from apportion.network import Network, put
 from apportion.train import Recipe, Texts, dense, fit, sandwich
-from apportion.vocab import Choice, Ladder, Path, Plan, Space
+from apportion.vocab import Choice, Path, Plan, Space
 from bench import results
+from bench.plans import compare
 
 LENGTH = 64  # tokens: hardly a sentence here is longer
 SHARED = {"batch": 32, "warmup": 0.1, "ema": 0.99, "crop_padding": 0, "weight_decay": 0.01}
 FEATURE_WEIGHT = 0.1  # tokens of an early exit that had to look like the full path's own would hold it back
 GLANCE = 1
 PLAN = Plan(choices=(Choice("reducer", "tome"), Choice("depth", "skip")), glance=GLANCE, rungs=5, tolerance=0.3)
+PLANS = {"glance": PLAN, "checkpoints": replace(PLAN, control="checkpoints")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Allowance:
     healing_rate: float
 
 
-ALLOWANCES = {"sst2": Allowance(2.0, 1e-4, 1.0, 1e-4), "banking77": Allowance(3.0, 3e-4, 1.0, 1e-4)}
+ALLOWANCES = {"sst2": Allowance(2.0, 1e-4, 6.0, 1e-4), "clinc150": Allowance(4.0, 3e-4, 6.0, 2e-4), "banking77": Allowance(3.0, 3e-4, 6.0, 2e-4)}
 
 
 def classifier(source: Source, classes: int) -> Network:
@@ -100,11 +100,5 @@ def one(source: Source, data: File, allowance: Allowance, runs: File, repeats: i
         print(f"{time.monotonic() - begin:7.1f} s  {text}", flush=True)
 
     fed = replace(source, network=network, provenance={**source.provenance, "fine_tuned_on": data.name})
-    adapted, seen = deciding.control(network, reference, parts, fed, PLAN, backend="openvino", buckets=(1, 8, 32), tell=tell)
-    dense_correct = deciding.outcomes(reference, Ladder((reference.space.full,), 0), parts.report, source.tokenise).correct[:, 0]
-    weighed = weigh(adapted, reference, parts.report, seen, dense_correct, repeats=repeats, tell=tell)
-    weighed.adapted.save(runs / "bundle", extra=weighed.files())
-    bundle = weighed.adapted.bundle
-    rungs = [{"path": p.name, "gmacs": r.gmacs, "accuracy": r.accuracy} for p, r in zip(bundle.ladder.paths, bundle.rungs, strict=True)]
-    measured = {"figures": dict(weighed.figures), "rungs": rungs, "frontier": list(bundle.frontier), "budget": bundle.budget}
-    return {**measured, "times": next(iter(bundle.costs.values())), "allowance": asdict(allowance), "training_seconds": trained}
+    found = compare(PLANS, network, reference, parts, fed, runs, repeats=repeats, tell=tell)
+    return {**found, "allowance": asdict(allowance), "training_seconds": trained}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path as File
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from apportion.measure.doctor import fingerprint
 from apportion.methods import ops
 from apportion.vocab import Answer, Budget, Tokens
 
-Inputs = Tensor | np.ndarray | Sequence[Image.Image] | Sequence[str] | Sequence[tuple[str, str]]
+Inputs = Tensor | np.ndarray | Sequence[Image.Image] | Sequence[str | File] | Sequence[tuple[str, str]] | Sequence[tuple[Any, int]]
 
 
 @final
@@ -69,7 +69,8 @@ class Adapted:
     """A trained network that gives each input the compute it needs.
 
     `model(images)` takes uint8 pictures (an array (n, rows, columns, 3) or a list of PIL images), or a float tensor (n, 3, side, side) that has been
-    preprocessed already. A model of texts takes a list of them, or of pairs where it learned from pairs, or their tokens as the tokeniser makes them.
+    preprocessed already. A model of texts takes a list of them, or of pairs where it learned from pairs, or their tokens as the tokeniser makes them; a model
+    of sound a list of files or of (samples, rate), or the features made of them.
     The first call builds every graph, unless `warm` did; none is built after that.
     """
 
@@ -97,7 +98,7 @@ class Adapted:
             return Engine(decide=decide, rungs=rungs, **form)
 
         if not isinstance(feed, Tokenise):
-            return engine(self.ledger.rungs[0], (a.channels, a.image_size, a.image_size), torch.float32)
+            return engine(self.ledger.rungs[0], a.input_shape, torch.float32)
         word = int(feed.padding == 0)  # any that is not the padding
         forms = {length: (2, length) if feed.pairs else (length,) for length in self.ledger.lengths}
         engines = {length: engine(gmacs, forms[length], torch.int64, word) for length, gmacs in zip(forms, self.ledger.rungs, strict=True)}

@@ -30,7 +30,7 @@ from torch import nn
 from apportion.control import Cascade, Certificate, Controller, Decider
 from apportion.errors import ApportionError, BundleError, PathError, PlanError
 from apportion.files import write_atomic, write_json
-from apportion.intake import Feed, Preprocess, Tokenise
+from apportion.intake import Feed, Listen, Preprocess, Tokenise
 from apportion.network import Architecture, Network, put
 from apportion.vocab import Ladder, Path, Plan
 
@@ -102,7 +102,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """plan.toml, as a whole: `preprocess` for a model of images, `tokenise` for one of texts."""
+    """plan.toml, as a whole: `preprocess` for a model of images, `tokenise` for one of texts, `listen` for one of sound."""
 
     version: int
     plan: Plan
@@ -110,11 +110,16 @@ class Settings:
     controller: Sizes | Stops
     preprocess: Preprocess | None = None
     tokenise: Tokens | None = None
+    listen: Listen | None = None
 
     def __post_init__(self) -> None:
-        if (self.preprocess is None) == (self.tokenise is None) or (self.tokenise is None) == bool(self.architecture.words):
-            kind = "tokenise" if self.architecture.words else "preprocess"
-            raise PlanError("preprocess and tokenise that do not fit the architecture", wanted=f"{kind}, and no other", do=AGAIN)
+        a, feeds = self.architecture, ("preprocess", "tokenise", "listen")
+        kind = "tokenise" if a.words else "listen" if a.samples or a.frames else "preprocess"
+        found = [name for name in feeds if getattr(self, name) is not None]
+        if found != [kind]:
+            raise PlanError(f"{' and '.join(found) or 'nothing'} for inputs, with this architecture", wanted=f"{kind}, and no other", do=AGAIN)
+        if self.listen is not None and (self.listen.length, self.listen.bands) != (a.samples or a.frames, a.bands):
+            raise PlanError(f"a length of {self.listen.length} and {self.listen.bands} bands", wanted=f"{a.samples or a.frames} and {a.bands}", do=AGAIN)
         if isinstance(self.controller, Stops) != (self.plan.control == "checkpoints"):
             raise PlanError(f"a controller that does not fit control = {self.plan.control!r}", wanted="the sizes of that kind", do=AGAIN)
 
@@ -151,6 +156,7 @@ def save(bundle: Bundle, folder: File, *, extra: Mapping[str, str] | None = None
         (Stops if isinstance(bundle.controller, Cascade) else Sizes)(**bundle.controller.config()),
         preprocess=feed if isinstance(feed, Preprocess) else None,
         tokenise=Tokens(feed.length, feed.padding, feed.pairs) if isinstance(feed, Tokenise) else None,
+        listen=feed if isinstance(feed, Listen) else None,
     )
     served = Served(
         glance=bundle.ladder.glance,
@@ -193,7 +199,7 @@ def load(folder: File) -> Bundle:
         network=_fill(network, content["model.safetensors"], folder / "model.safetensors"),
         ladder=_ladder(served, settings, network, folder / "ladder.json"),
         controller=_fill(controller, content["controller.safetensors"], folder / "controller.safetensors"),
-        preprocess=settings.preprocess or _tokenise(settings, _vouched(folder, WORDS, digests), folder / WORDS),
+        preprocess=settings.preprocess or settings.listen or _tokenise(settings, _vouched(folder, WORDS, digests), folder / WORDS),
         plan=settings.plan,
         budget=served.budget,
         rungs=served.rungs,

@@ -32,7 +32,7 @@ from apportion.deliver.bundle import Bundle, Rung
 from apportion.deliver.costs import Profile, mean_macs, mean_rung_macs, profile
 from apportion.engine import Backend, build
 from apportion.errors import ControlError, PlanError
-from apportion.intake import Feed, Parts, Samples, Source, Tokenise
+from apportion.intake import KINDS, Feed, Parts, Samples, Source
 from apportion.measure.doctor import device
 from apportion.measure.forecast import forecast
 from apportion.measure.outcomes import measure_outcomes
@@ -51,7 +51,7 @@ def choose_ladder(
     """Try every candidate path on some samples and keep the few that are worth serving, in multiply-adds or in the plan's milliseconds."""
     trial = samples.rows(range(min(TRIAL_ROWS, len(samples))))
     every = (exits if plan.control == "checkpoints" else candidates)(network.space, plan.glance)
-    tell(f"trying {len(every)} paths on {len(trial)} {'texts' if isinstance(feed, Tokenise) else 'images'}")
+    tell(f"trying {len(every)} paths on {len(trial)} {KINDS[type(feed)][1]}")
     tried = sorted(every, key=lambda path: mean_macs(network, path, over))
     table = outcomes(network, Ladder(tuple(tried), plan.glance), trial, feed, reference=reference, over=over)
     cost = table.cost
@@ -83,7 +83,7 @@ def control(
     tell: Tell,
 ) -> tuple[Adapted, Outcomes]:
     """Choose the paths to serve (where no ladder is given), learn to decide between them, and find the operating point that holds the tolerance."""
-    feed = source.feed or source.tokenise
+    feed = source.fed
     over = profile(network, parts.place, feed)
     ladder = ladder or choose_ladder(network, reference, parts.decide, feed, plan, over, backend=backend, buckets=buckets, tell=tell)
     tell(f"learning to decide between {len(ladder.paths)} paths")

@@ -15,7 +15,7 @@ from apportion.control.rules import confidence_cascade, oracle, random_at, stati
 from apportion.deliver.adapted import Adapted
 from apportion.deliver.bundle import Bundle
 from apportion.engine import serving
-from apportion.intake import ImageSet, Samples, TextSet, Tokenise
+from apportion.intake import KINDS, ImageSet, Samples, TextSet, Tokenise
 from apportion.measure.doctor import device
 from apportion.measure.latency import Timing, realisation_ratio
 from apportion.measure.pictures import Point, merge_map
@@ -105,7 +105,7 @@ def page(
             f" inputs like the {certificate.rows} that were kept for this alone (drop there {certificate.drop_points:.2f} points).",
         )
     else:
-        notes += ("The tolerance held on the images that placed the operating point; it was not certified: ask with a confidence.",)
+        notes += ("The tolerance held on the samples that placed the operating point; it was not certified: ask with a confidence.",)
     if bundle.plan.control == "checkpoints":
         notes += ("Every checkpoint answers, and whoever is sure enough leaves there: a path costs the answers on its way as well.",)
     if figures["slower_than_dense"]:
@@ -213,7 +213,7 @@ def pixels(preprocess: Any, images: ImageSet, row: int) -> np.ndarray[Any, np.dt
 def card(adapted: Adapted, title: str, figures: Mapping[str, Any]) -> str:
     """The model card: what it is, how good, how fast, where it was measured, how to load it."""
     bundle, facts = adapted.bundle, device()
-    inputs = "texts" if isinstance(bundle.preprocess, Tokenise) else "images"
+    inputs = KINDS[type(bundle.preprocess)][1]
     rows = [
         f"| {path.name} | {rung.gmacs:.4f} | {100 * rung.accuracy:.2f} | {100 * share:.1f} |"
         for path, rung, share in zip(bundle.ladder.paths, bundle.rungs, figures["share"], strict=True)

@@ -1,15 +1,20 @@
 """Readers: trained models and data come in here, exact or refused."""
 
+from apportion.intake.audio import AudioSet, read_audio_set
 from apportion.intake.images import ImageSet, read_images
 from apportion.intake.inputs import opened
-from apportion.intake.parts import Feed, Parts, Samples, matched, reader
+from apportion.intake.listen import Listen
+from apportion.intake.parts import KINDS, Feed, Parts, Samples, matched, reader
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.read import Source, read_model
 from apportion.intake.texts import TextSet, Tokenise, read_texts
 
 __all__ = [
+    "KINDS",
+    "AudioSet",
     "Feed",
     "ImageSet",
+    "Listen",
     "Parts",
     "Preprocess",
     "Samples",
@@ -18,6 +23,7 @@ __all__ = [
     "Tokenise",
     "matched",
     "opened",
+    "read_audio_set",
     "read_images",
     "read_model",
     "read_texts",

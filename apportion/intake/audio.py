@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import wave
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import IO
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import DataError
-from apportion.intake.images import ImageSet, OnSkip, Split, _cut, _folder, spread
+from apportion.intake.folders import Listing, OnSkip, Split, listed, spread, usable
 
 FORMATS = (".wav", ".flac", ".ogg")
 SHORTEST_S, LONGEST_S = 0.025, 300.0  # one frame of a spectrogram; no more than the latter is ever read of one file
@@ -90,28 +88,15 @@ def read_audio_set(source: str | File, *, split: Split = "all", limit: int | Non
     if split not in ("train", "test", "all") or (limit is not None and limit < 1):
         raise DataError(f"split {split!r}, limit {limit}", wanted="train, test or all; at least 1", do="Correct them.")
     path = File(source)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists():
         raise DataError(f"no recording at {path}", wanted="a folder of recordings, or one", do="Correct the path.")
     if path.is_file():
-        return _usable(path, ImageSet((path,), None, ()), on_skip)
-    found, own_split = _folder(path, split)
-    return _usable(path, _cut(found, "all" if own_split else split, limit), on_skip)
+        return _made(usable(path, Listing((path,)), _fault, "recording", on_skip))
+    return _made(usable(path, listed(path, split, limit, "recording"), _fault, "recording", on_skip))
 
 
-def _usable(source: File, found: ImageSet, on_skip: OnSkip | None) -> AudioSet:
-    """Only the files that can be used; the others are told."""
-    assert isinstance(found.images, tuple)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        reasons = list(pool.map(_fault, found.images))
-    bad = tuple((str(file), why) for file, why in zip(found.images, reasons, strict=True) if why)
-    if 2 * len(bad) > len(found):
-        what = f"{len(bad)} of {len(found)} files that are no usable recordings in {source}, such as {bad[0][0]}: {bad[0][1]}"
-        raise DataError(what, wanted="at most half of them bad", do="Correct or remove them.")
-    skipped = (*found.skipped, *bad)
-    for file, why in skipped if on_skip else ():
-        assert on_skip is not None
-        on_skip(file, why)
-    return AudioSet(found.images, found.labels, found.classes, skipped).rows([index for index, why in enumerate(reasons) if not why])
+def _made(found: Listing) -> AudioSet:
+    return AudioSet(found.files, found.labels, found.classes, found.skipped)
 
 
 @dataclass(frozen=True, slots=True)

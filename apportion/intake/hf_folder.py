@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from apportion.errors import DataError, Refused
+from apportion.intake import hf_audio_families
 from apportion.intake.hf_families import CLASSIFIES, TABLE
 from apportion.intake.hf_text import Pooling
 
@@ -32,6 +33,7 @@ DO = "Save the model again with this release of its library."
 class Opened:
     model: nn.Module
     tokenizer: str | None
+    extractor: dict[str, Any] | None  # how recordings become inputs
     pooling: Pooling | None
     unit: bool
     length: int | None
@@ -66,8 +68,9 @@ def open_folder(name: str, pooling: Pooling | None) -> Opened:
             raise Refused(f"{file} with {what} {left[0]}", wanted=f"the tensors of {kind}", do=DO)
     with file.open("rb") as handle:
         facts: dict[str, str | int | bool | None] = {"sha256": hashlib.file_digest(handle, "sha256").hexdigest(), "revision": revision}
-    words = folder / "tokenizer.json"
-    return Opened(model, words.read_text("utf-8") if words.is_file() else None, pooling, unit, length, facts)
+    words, sounds = folder / "tokenizer.json", folder / "preprocessor_config.json"
+    extractor = _json(sounds) if sounds.is_file() else None
+    return Opened(model, words.read_text("utf-8") if words.is_file() else None, extractor, pooling, unit, length, facts)
 
 
 def _fetched(name: str) -> File:
@@ -87,8 +90,9 @@ def _fetched(name: str) -> File:
 def _class(config: dict[str, Any], folder: File) -> str:
     named = config.get("architectures") or []
     kind = named[0] if len(named) == 1 else f"{named}"
-    if kind not in TABLE:
-        wanted = f"one of {', '.join(name for name in TABLE if name.endswith(CLASSIFIES))}, or the same as Model"
+    if kind not in TABLE and kind not in hf_audio_families.TABLE:
+        heard = (name for name in hf_audio_families.TABLE if not name.endswith("Model"))
+        wanted = f"one of {', '.join((*(name for name in TABLE if name.endswith(CLASSIFIES)), *heard))}, or the same as Model"
         raise Refused(f"{folder / 'config.json'} of {kind} ({config.get('model_type')})", wanted=wanted, do="Use a model of a family that is read.")
     return kind
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +15,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from apportion.errors import DataError
+from apportion.intake.folders import Listing, OnSkip, Split, cut, listed, spread, usable
 from apportion.intake.preprocess import Preprocess
-
-Split = Literal["train", "test", "all"]
-OnSkip = Callable[[str, str], None]
 
 PIXEL_LIMIT = 64 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-HELD_OUT = 0.2
-FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,16 +80,6 @@ class ImageSet:
         """All are of one size."""
 
 
-def spread(labels: Tensor | None, order: Tensor, share: float) -> Tensor:
-    """Bool (n,): `share` of the samples, every k-th in `order` within each class, so that no class is off by more than one."""
-    if labels is not None:
-        order = order[labels[order].argsort(stable=True)]
-    steps = torch.arange(len(order) + 1, dtype=torch.float64).mul(share).add(1e-9).floor()
-    chosen = torch.zeros(len(order), dtype=torch.bool)
-    chosen[order[steps[1:] > steps[:-1]]] = True
-    return chosen
-
-
 def read_images(source: str | File, *, split: Split = "all", limit: int | None = None, on_skip: OnSkip | None = None) -> ImageSet:
     """Read `digits`, an `.npz`, one image, or a folder: FOLDER/CLASS/FILE, FOLDER/train|val|test/CLASS/FILE, or images without labels.
 
@@ -112,27 +95,19 @@ def read_images(source: str | File, *, split: Split = "all", limit: int | None =
     if limit is not None and limit < 1:
         raise DataError(f"limit {limit}", wanted="at least 1", do="Leave it out to use all images.")
     if str(source) == "digits":
-        return _cut(_digits(), split, limit)
+        return cut(_digits(), split, limit, "image")
     path = File(source)
     if not path.exists():
         raise DataError(f"no file or folder {path}", wanted="a folder of images, an image, an .npz file, or `digits`", do="Correct the path.")
     if path.suffix.lower() == ".npz":
-        return _cut(_arrays(path, split), "all", limit)
+        return cut(_arrays(path, split), "all", limit, "image")
     if path.is_file():
-        return _decodable(path, ImageSet((path,), None, ()), on_skip)
-    found, own_split = _folder(path, split)
-    return _decodable(path, _cut(found, "all" if own_split else split, limit), on_skip)
+        return _made(usable(path, Listing((path,)), _fault, "image", on_skip))
+    return _made(usable(path, listed(path, split, limit, "image"), _fault, "image", on_skip))
 
 
-def _cut(images: ImageSet, split: Split, limit: int | None) -> ImageSet:
-    if split != "all":
-        test = spread(images.labels, torch.arange(len(images)), HELD_OUT)
-        images = images.rows((test if split == "test" else ~test).nonzero().flatten())
-    if limit is not None and limit < len(images):
-        images = images.rows(spread(images.labels, torch.arange(len(images)), limit / len(images)).nonzero().flatten())
-    if not len(images):
-        raise DataError(f"no image in split {split!r}", wanted="at least one", do="Give more data, or use split='all'.")
-    return images
+def _made(found: Listing) -> ImageSet:
+    return ImageSet(found.files, found.labels, found.classes, found.skipped)
 
 
 def _digits() -> ImageSet:
@@ -173,78 +148,6 @@ def _arrays(file: File, split: Split) -> ImageSet:
         found = f"{file}: images of {parts['x_train'].shape[1:]} in x_train and {parts['x_test'].shape[1:]} in x_test"
         raise DataError(found, wanted="one size for both", do="Resize one of them, or read one split at a time.")
     return ImageSet(np.concatenate([parts["x_train"], parts["x_test"]]), torch.cat([s.labels for s in sets.values() if s.labels is not None]), classes)
-
-
-def _folder(root: File, split: Split) -> tuple[ImageSet, bool]:
-    """The files below a folder, and whether it brings a split of its own."""
-    known = {name for names in FOLDERS.values() for name in names}
-    splits = {folder.name: folder for folder in _children(root) if folder.is_dir() and folder.name in known}
-    if not splits:
-        return _classes(root, [root], [root]), False
-    if split == "all":
-        return _classes(root, list(splits.values()), list(splits.values())), True
-    here = next((splits[name] for name in FOLDERS[split] if name in splits), None)
-    if here is None:
-        wanted = f"one of {', '.join(FOLDERS[split])}"
-        raise DataError(f"{root} with folders {', '.join(splits)}", wanted=wanted, do=f"Add the folder, or use split='all' (asked for: {split!r}).")
-    return _classes(root, [here], list(splits.values())), True
-
-
-def _classes(root: File, roots: list[File], every: list[File]) -> ImageSet:
-    """The files below `roots`; labels are the same in `every` split, also where a class is missing in one of them."""
-    names = {folder.name for place in every for folder in _children(place) if folder.is_dir()}
-    loose = tuple(file for place in roots for file in _children(place) if file.is_file() and file.name != "classes.json")
-    if not names:
-        if not loose:
-            raise DataError(f"no image in {root}", wanted="FOLDER/CLASS/IMAGE, or images", do="Correct the path.")
-        return ImageSet(loose, None, ())
-    label = _labels(root / "classes.json", names)
-    files, labels = [], []
-    for place in roots:
-        for folder in filter(File.is_dir, _children(place)):
-            inside = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
-            if not inside:
-                raise DataError(f"no file in class folder {folder}", wanted="at least one image", do="Fill the folder or remove it.")
-            files += inside
-            labels += [label[folder.name]] * len(inside)
-    number = {index: name for name, index in label.items()}
-    classes = tuple(number.get(index, str(index)) for index in range(max(number) + 1))
-    return ImageSet(tuple(files), torch.tensor(labels), classes, tuple((str(file), "lies beside the class folders, not in one") for file in loose))
-
-
-def _labels(mapping: File, names: set[str]) -> dict[str, int]:
-    if not mapping.exists():
-        return {name: index for index, name in enumerate(sorted(names, key=int if all(n.isdecimal() for n in names) else None))}
-    try:
-        data: Any = json.loads(mapping.read_text("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{mapping}: {error}", wanted="a JSON object from folder name to label", do="Correct the file.") from error
-    if not isinstance(data, dict) or not all(type(value) is int and value >= 0 for value in data.values()) or len(set(data.values())) != len(data):
-        raise DataError(f"{mapping} that is not a map to different whole numbers from 0", wanted='such as {"cat": 0, "dog": 1}', do="Correct the file.")
-    if missing := sorted(names - data.keys()):
-        raise DataError(f"class folder {missing[0]!r}, which {mapping} does not name", wanted="a label for every folder", do="Add it to the file.")
-    return {name: data[name] for name in data}
-
-
-def _children(folder: File) -> list[File]:
-    return sorted(child for child in folder.iterdir() if not child.name.startswith("."))
-
-
-def _decodable(source: File, images: ImageSet, on_skip: OnSkip | None) -> ImageSet:
-    """Only the files that decode; the others are told."""
-    assert isinstance(images.images, tuple)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        reasons = list(pool.map(_fault, images.images))
-    bad = tuple((str(file), why) for file, why in zip(images.images, reasons, strict=True) if why)
-    if 2 * len(bad) > len(images):
-        found = f"{len(bad)} of {len(images)} files that are no usable images in {source}, such as {bad[0][0]}: {bad[0][1]}"
-        raise DataError(found, wanted="at most half of them bad", do="Correct or remove them.")
-    skipped = (*images.skipped, *bad)
-    for file, why in skipped if on_skip else ():
-        assert on_skip is not None
-        on_skip(file, why)
-    kept = images.rows([index for index, why in enumerate(reasons) if not why])
-    return ImageSet(kept.images, kept.labels, kept.classes, skipped)
 
 
 def _fault(file: File) -> str:

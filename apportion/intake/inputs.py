@@ -1,13 +1,15 @@
-"""What a user hands over to be answered: pictures among files and folders, or texts, in tables or as they stand."""
+"""What a user hands over to be answered: pictures or recordings among files and folders, or texts, in tables or as they stand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as File
 from typing import Any
 
 from apportion.errors import DataError
+from apportion.intake import audio
 from apportion.intake.images import decode
+from apportion.intake.listen import Listen
 from apportion.intake.parts import Feed
 from apportion.intake.texts import SUFFIXES, Text, Tokenise, read_texts
 
@@ -15,27 +17,31 @@ NO_COLUMN = "\0"  # what is asked is not what is known: labels in the table are 
 
 
 def opened(inputs: Sequence[str | File], feed: Feed, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Any, str]]:
-    """(name, picture or text, "") for each input, and (name, None, why) for one that cannot be used. Raises DataError where there is nothing to open.
+    """(name, picture, text or recording, "") for each input, and (name, None, why) for one that cannot be used. Raises DataError where nothing is there.
 
     For a model that reads texts, an input that is a file (or is called like a table) is read as one, any other is a text itself.
     """
-    return _texts(inputs, feed, columns or {}) if isinstance(feed, Tokenise) else _pictures(inputs)
+    if isinstance(feed, Tokenise):
+        return _texts(inputs, feed, columns or {})
+    if isinstance(feed, Listen):
+        return _decoded(inputs, "recordings", lambda file: audio.decode(file, seconds=feed.seconds))
+    return _decoded(inputs, "pictures", decode)
 
 
-def _pictures(inputs: Sequence[str | File]) -> Iterator[tuple[str, Any, str]]:
-    for file in [file for entry in inputs for file in _files(File(entry))]:
+def _decoded(inputs: Sequence[str | File], what: str, decode: Callable[[File], Any]) -> Iterator[tuple[str, Any, str]]:
+    for file in [file for entry in inputs for file in _files(File(entry), what)]:
         try:
             yield str(file), decode(file), ""
         except DataError as error:
             yield str(file), None, error.found.removeprefix(f"{file}: ")
 
 
-def _files(entry: File) -> list[File]:
+def _files(entry: File, what: str) -> list[File]:
     if not entry.exists():
-        raise DataError(f"no file or folder {entry}", wanted="pictures", do="Check the path.")
+        raise DataError(f"no file or folder {entry}", wanted=what, do="Check the path.")
     files = sorted(file for file in entry.rglob("*") if file.is_file()) if entry.is_dir() else [entry]
     if not files:
-        raise DataError(f"no file in {entry}", wanted="pictures", do="Check the path.")
+        raise DataError(f"no file in {entry}", wanted=what, do="Check the path.")
     return files
 
 

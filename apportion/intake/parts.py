@@ -1,4 +1,4 @@
-"""Data for each purpose, pictures and texts alike: who may see what is settled here, once."""
+"""Data for each purpose, pictures, texts and sound alike: who may see what is settled here, once."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from typing import Any, Literal, Protocol, Self
 from torch import Tensor
 
 from apportion.errors import DataError, PlanError
-from apportion.intake.images import read_images
+from apportion.intake.audio import AudioSet, read_audio_set
+from apportion.intake.images import ImageSet, read_images
+from apportion.intake.listen import Listen
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.read import Source
 from apportion.intake.texts import TextSet, Tokenise, read_texts
 
 CONTROL_ROWS = 4000  # samples that control learns from and is placed on, where all are free for it
-Feed = Preprocess | Tokenise
+Feed = Preprocess | Tokenise | Listen
+KINDS: dict[type, tuple[type, str]] = {Preprocess: (ImageSet, "images"), Tokenise: (TextSet, "texts"), Listen: (AudioSet, "recordings")}
 
 
 class Samples(Protocol):
-    """What the way from a model to a bundle asks of data: an ImageSet, or a TextSet. `feed` is what makes inputs of its samples."""
+    """What the way from a model to a bundle asks of data: an ImageSet, a TextSet or an AudioSet. `feed` is what makes inputs of its samples."""
 
     @property
     def labels(self) -> Tensor | None: ...
@@ -43,10 +46,10 @@ class Reader(Protocol):
 
 def reader(feed: Feed, classes: Sequence[str] | None, columns: Mapping[str, str] | None = None) -> Reader:
     """What reads data for a model that is fed so. `columns`: what "text", "pair" and "label" are called in tables of texts. Raises PlanError."""
-    if isinstance(feed, Preprocess):
+    if not isinstance(feed, Tokenise):
         if columns:
-            raise PlanError("columns for a model of images", wanted="none", do="Leave them out.")
-        return read_images
+            raise PlanError(f"columns for a model of {KINDS[type(feed)][1]}", wanted="none", do="Leave them out.")
+        return read_images if isinstance(feed, Preprocess) else read_audio_set
     named = dict(columns or {})
     if unknown := named.keys() - {"text", "pair", "label"}:
         raise PlanError(f"a column for {min(unknown)!r}", wanted="text, pair or label", do="Correct it.")
@@ -100,9 +103,11 @@ class Parts:
 def matched(source: Source, parts: Parts) -> Source:
     """The source fed as these samples want it: pairs of texts come with token types, and then all do. Raises DataError where the two are of different kinds."""
     feed, every = source.feed, [samples for samples in (parts.teach, parts.decide, parts.place, parts.report, parts.certify) if samples is not None]
-    if any(isinstance(samples, TextSet) != isinstance(feed, Tokenise) for samples in every):
-        kinds = ("texts", "images") if isinstance(feed, Preprocess) else ("images", "texts")
-        raise DataError(f"{kinds[0]} for a model of {kinds[1]}", wanted=kinds[1], do="Give other data, or another model.")
+    kind, wanted = KINDS[type(feed)]
+    for samples in every:
+        if not isinstance(samples, kind):
+            found = next(name for other, name in KINDS.values() if isinstance(samples, other))
+            raise DataError(f"{found} for a model of {wanted}", wanted=wanted, do="Give other data, or another model.")
     if not isinstance(feed, Tokenise):
         return source
     a = source.network.architecture

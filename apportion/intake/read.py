@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from apportion.errors import DataError, PlanError, Refused
 from apportion.intake import _torchvision
+from apportion.intake.listen import Listen
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.texts import Tokenise
 from apportion.intake.verify import Verified, verify
@@ -32,7 +33,7 @@ class Source:
     """What came in: the network, how to feed it, and where it is from."""
 
     network: Network
-    feed: Preprocess | Tokenise | None  # None for a text model that brought no tokenizer
+    feed: Preprocess | Tokenise | Listen | None  # None for a text model that brought no tokenizer
     classes: tuple[str, ...] | None
     verified: Verified | None  # None for a network of our own: there is nothing to compare with
     provenance: dict[str, str | int | bool | None]
@@ -43,6 +44,11 @@ class Source:
         if not isinstance(self.feed, Preprocess):
             raise PlanError("a model that reads texts", wanted="a model for images", do="Use Source.tokenise.")
         return self.feed
+
+    @property
+    def fed(self) -> Preprocess | Tokenise | Listen:
+        """How samples are made into inputs. Raises PlanError where the model brought nothing that says so."""
+        return self.tokenise if self.feed is None else self.feed
 
     @property
     def tokenise(self) -> Tokenise:
@@ -60,7 +66,7 @@ def read_model(
     num_classes: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
-    preprocess: Preprocess | Tokenise | None = None,
+    preprocess: Preprocess | Tokenise | Listen | None = None,
     example: Tensor | None = None,
     length: int | None = None,
     pooling: Pooling | None = None,
@@ -80,18 +86,18 @@ def read_model(
     if (num_classes is not None or random) and not (random and str(model).startswith("timm:")):
         found = "num_classes or random for trained weights"
         raise PlanError(found, wanted='"timm:NAME" with random=True', do="Leave them out: trained weights bring their own.")
-    if image_size is not None and (isinstance(model, Network) or _is_text(model)):
+    if image_size is not None and (isinstance(model, Network) or _of_transformers(model)):
         raise PlanError(f"image_size {image_size} for this model", wanted="a model of timm's that reads images", do="Leave it out.")
     if isinstance(model, Network):
         if preprocess is None:
             raise PlanError("a Network without preprocessing", wanted="preprocess=Preprocess(...)", do="Say how its inputs are made.")
         return Source(model, preprocess, None, None, {"source": "network", "torch": str(torch.__version__)})
-    if _is_text(model):
-        return _text(model, preprocess, example, length, pooling, unit)
+    if _of_transformers(model):
+        return _transformers(model, preprocess, example, length, pooling, unit)
     if length is not None or pooling is not None or unit:
         raise PlanError("length, pooling or unit for a model of images", wanted="a model that reads texts", do="Leave them out.")
-    if isinstance(preprocess, Tokenise):
-        raise PlanError("a tokenizer for a model of images", wanted="preprocess=Preprocess(...)", do="Leave it out.")
+    if preprocess is not None and not isinstance(preprocess, Preprocess):
+        raise PlanError(f"{type(preprocess).__name__} for a model of images", wanted="preprocess=Preprocess(...)", do="Leave it out.")
     timm = _timm()
     origin: dict[str, str | int | bool | None] = {"timm": timm.__version__, "torch": str(torch.__version__)}
     if isinstance(model, nn.Module):
@@ -127,46 +133,55 @@ def _verified(source: nn.Module, preprocess: Preprocess | None, names: tuple[str
     return Source(network, preprocess or _preprocess(source, a.image_size), names, worst, origin)
 
 
-def _is_text(model: str | File | nn.Module) -> bool:
+def _of_transformers(model: str | File | nn.Module) -> bool:
     if isinstance(model, nn.Module):
         return any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
     return str(model).startswith("hf:") or (File(model).is_dir() and "model_type" in _read_config(File(model) / "config.json"))
 
 
-def _text(
-    model: str | File | nn.Module, feed: Preprocess | Tokenise | None, example: Tensor | None, length: int | None, pooling: Pooling | None, unit: bool
+def _transformers(
+    model: str | File | nn.Module, feed: Preprocess | Tokenise | Listen | None, example: Tensor | None, length: int | None, pooling: Pooling | None, unit: bool
 ) -> Source:
     _torchvision.ready()
     try:
         import transformers
     except ImportError as error:
         raise Refused(f"no transformers here ({error})", wanted="transformers", do="Install the extra: pip install 'apportion[text]'.") from error
+    from apportion.intake import hf_audio, hf_text
     from apportion.intake.hf_folder import open_folder
-    from apportion.intake.hf_text import Answering, examples, labels, read_text
 
     if isinstance(feed, Preprocess):
-        raise PlanError("preprocessing of images for a model that reads texts", wanted="preprocess=Tokenise(...)", do="Leave it out.")
+        raise PlanError("preprocessing of images for a model of transformers", wanted="preprocess=Tokenise(...) or Listen(...)", do="Leave it out.")
     origin: dict[str, str | int | bool | None] = {"transformers": transformers.__version__, "torch": str(torch.__version__)}
-    tokenizer = None
+    tokenizer = extractor = None
     if isinstance(model, nn.Module):
         source, origin = model, {"source": f"{type(model).__module__}.{type(model).__qualname__}", **origin}
     else:
         found = open_folder(str(model), pooling)
-        source, tokenizer, origin = found.model, found.tokenizer, {"source": str(model), **found.facts, **origin}
+        source, tokenizer, extractor, origin = found.model, found.tokenizer, found.extractor, {"source": str(model), **found.facts, **origin}
         length, pooling, unit = found.length if length is None else length, pooling or found.pooling, unit or found.unit
-    network = read_text(source, length=length, pooling=pooling, unit=unit)
+    hears = hf_audio.hears(source)
+    room, read = (hf_audio, hf_audio.read_audio) if hears else (hf_text, hf_text.read_text)
+    network = read(source, length=length, pooling=pooling, unit=unit)
     a = network.architecture
-    inputs = [*examples(a), *([] if example is None else [example])]
     verified = verify(
-        Answering(source, pooling, unit),
+        room.Answering(source, pooling, unit),
         network,
-        *inputs,
-        reread=lambda made: read_text(made.get_submodule("model"), length=length, pooling=pooling, unit=unit),
+        *room.examples(a),
+        *([] if example is None else [example]),
+        reread=lambda made: read(made.get_submodule("model"), length=length, pooling=pooling, unit=unit),
         batches=(1, 3, 17),
     )
+    if feed is None and hears and extractor is not None:
+        if a.samples and extractor.get("return_attention_mask"):
+            origin, extractor = {**origin, "attention_mask": "left out: what is filled up with zeros is heard"}, {**extractor, "return_attention_mask": False}
+        feed = Listen.from_extractor(extractor, length=a.samples or a.frames)
     if feed is None and tokenizer is not None:
         feed = Tokenise(tokenizer, length=a.length, padding=a.padding)
-    return Source(network, feed, labels(source) if a.classes else None, verified, origin)
+    if feed is not None and isinstance(feed, Listen) != hears:
+        found = f"{type(feed).__name__} for a model that {'hears' if hears else 'reads texts'}"
+        raise PlanError(found, wanted="Listen(...)" if hears else "Tokenise(...)", do="Leave it out, or give the other.")
+    return Source(network, feed, hf_text.labels(source) if a.classes else None, verified, origin)
 
 
 def _timm() -> ModuleType:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import DataError, PlanError
-from apportion.intake.images import spread
+from apportion.intake.folders import spread
 
 Text = str | tuple[str, str]
 Split = Literal["train", "test", "all"]

@@ -58,7 +58,7 @@ def inspected(network: Network) -> Inspection:
 def _recognised(network: Network) -> tuple[tuple[str, str], ...]:
     a, full = network.architecture, network.space.full
     gate, where = "gated, " if a.gated else "", "before each branch" if a.norm_first else "on each branch" if a.norm_branch else "after each sum"
-    inputs = f"texts of up to {a.length} tokens" if a.words else f"images of {a.image_size} x {a.image_size} in patches of {a.patch}"
+    inputs = _inputs(a)
     extra = [name for name, here in (("of queries and keys", a.qk_norm), ("over heads", a.mixer_norm), ("over hidden units", a.ffn_norm)) if here]
     return (
         ("inputs", inputs),
@@ -74,7 +74,19 @@ def _recognised(network: Network) -> tuple[tuple[str, str], ...]:
     )
 
 
+def _inputs(a: Architecture) -> str:
+    if a.words:
+        return f"texts of up to {a.length} tokens"
+    if a.samples:
+        return f"sound of {a.samples} samples"
+    if a.frames:
+        return f"spectrograms of {a.frames} frames and {a.bands} bands" + (f", in patches of {a.patch}" if a.patch else "")
+    return f"images of {a.image_size} x {a.image_size} in patches of {a.patch}"
+
+
 def _positions(a: Architecture) -> list[str]:
+    if a.samples or (a.frames and not a.patch):
+        return [f"a convolution over {a.position_kernel} tokens" if a.samples else "fixed waves", *(["a bias by distance"] if a.relative_buckets else [])]
     learned = bool(a.positions) if a.words else a.learned_positions
     kinds = (("learned", learned), ("rotary", a.rotary), ("a bias by distance", a.relative_buckets), (f"windows of {a.window} to either side", a.window))
     return [name for name, here in kinds if here]

@@ -1,6 +1,6 @@
 """Teaching: the resumable loop, the sandwich of paths, dual-path feature distillation."""
 
-from apportion.train.data import Data, Images, Texts
+from apportion.train.data import Data, Images, Sounds, Texts
 from apportion.train.dense import dense
 from apportion.train.joint import Joint, joint
 from apportion.train.loop import Fitted, Mark, Objective, fit
@@ -16,6 +16,7 @@ __all__ = [
     "Mark",
     "Objective",
     "Recipe",
+    "Sounds",
     "Texts",
     "alike",
     "classes",

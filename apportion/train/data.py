@@ -48,6 +48,26 @@ class Images:
 
 
 @final
+class Sounds:
+    """Features of recordings held in memory, float (n, ...), given out as they are. Raises DataError for other dtypes, and for labels not one for each."""
+
+    sizes = None
+
+    def __init__(self, features: Tensor, labels: Tensor | None = None) -> None:
+        if features.ndim < 2 or not features.is_floating_point():
+            raise DataError(f"features of shape {tuple(features.shape)}, {features.dtype}", wanted="float (n, ...)", do="Make them by a Listen.")
+        if labels is not None and len(labels) != len(features):
+            raise DataError(f"{len(labels)} labels", wanted=f"{len(features)}, one for each recording", do="Bring recordings and labels into line.")
+        self.features, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.features[index], None if self.labels is None else self.labels[index]
+
+
+@final
 class Texts:
     """Texts held in memory as tokens, int64 (n, length) or with their types (n, 2, length), given out without the columns that are `padding` in all of a batch.
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from apportion.errors import DataError
-from apportion.intake.images import PIXEL_LIMIT, decode, read_images, spread
+from apportion.intake.folders import spread
+from apportion.intake.images import PIXEL_LIMIT, decode, read_images
 from apportion.intake.preprocess import Preprocess
 
 HALF = (0.5, 0.5, 0.5)

@@ -1,0 +1,148 @@
+"""Folders of files with labels, whatever is in the files; what cannot be used is named, never dropped in silence."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path as File
+from typing import Any, Literal, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from apportion.errors import DataError
+
+Split = Literal["train", "test", "all"]
+OnSkip = Callable[[str, str], None]
+
+HELD_OUT = 0.2
+FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Listing:
+    """Files, the label of each, the names of the labels, and what was left out."""
+
+    files: tuple[File, ...]
+    labels: Tensor | None = None  # (n,) int64
+    classes: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()  # file, why
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def rows(self, index: Tensor | Sequence[int]) -> Listing:
+        """The same with these rows only, in this order."""
+        rows = torch.as_tensor(index, dtype=torch.int64)
+        return replace(self, files=tuple(self.files[i] for i in rows.tolist()), labels=None if self.labels is None else self.labels[rows])
+
+
+class Rows(Protocol):
+    @property
+    def labels(self) -> Tensor | None: ...
+    def __len__(self) -> int: ...
+    def rows(self, index: Tensor | Sequence[int], /) -> Self: ...
+
+
+R = TypeVar("R", bound=Rows)
+
+
+def spread(labels: Tensor | None, order: Tensor, share: float) -> Tensor:
+    """Bool (n,): `share` of the samples, every k-th in `order` within each class, so that no class is off by more than one."""
+    if labels is not None:
+        order = order[labels[order].argsort(stable=True)]
+    steps = torch.arange(len(order) + 1, dtype=torch.float64).mul(share).add(1e-9).floor()
+    chosen = torch.zeros(len(order), dtype=torch.bool)
+    chosen[order[steps[1:] > steps[:-1]]] = True
+    return chosen
+
+
+def listed(root: File, split: Split, limit: int | None, what: str) -> Listing:
+    """FOLDER/CLASS/FILE, FOLDER/train|val|test/CLASS/FILE, or files without labels; `what` they should be is for the errors. Raises DataError."""
+    found, own_split = _split(root, split, what)
+    return cut(found, "all" if own_split else split, limit, what)
+
+
+def _split(root: File, split: Split, what: str) -> tuple[Listing, bool]:
+    """The files below a folder, and whether it brings a split of its own."""
+    known = {name for names in FOLDERS.values() for name in names}
+    splits = {folder.name: folder for folder in _children(root) if folder.is_dir() and folder.name in known}
+    if not splits:
+        return _classes(root, [root], [root], what), False
+    if split == "all":
+        return _classes(root, list(splits.values()), list(splits.values()), what), True
+    here = next((splits[name] for name in FOLDERS[split] if name in splits), None)
+    if here is None:
+        wanted = f"one of {', '.join(FOLDERS[split])}"
+        raise DataError(f"{root} with folders {', '.join(splits)}", wanted=wanted, do=f"Add the folder, or use split='all' (asked for: {split!r}).")
+    return _classes(root, [here], list(splits.values()), what), True
+
+
+def _classes(root: File, roots: list[File], every: list[File], what: str) -> Listing:
+    """The files below `roots`; labels are the same in `every` split, also where a class is missing in one of them."""
+    names = {folder.name for place in every for folder in _children(place) if folder.is_dir()}
+    loose = tuple(file for place in roots for file in _children(place) if file.is_file() and file.name != "classes.json")
+    if not names:
+        if not loose:
+            raise DataError(f"no {what} in {root}", wanted=f"FOLDER/CLASS/{what.upper()}, or {what}s", do="Correct the path.")
+        return Listing(loose)
+    label = _labels(root / "classes.json", names)
+    files, labels = [], []
+    for place in roots:
+        for folder in filter(File.is_dir, _children(place)):
+            inside = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+            if not inside:
+                raise DataError(f"no file in class folder {folder}", wanted=f"at least one {what}", do="Fill the folder or remove it.")
+            files += inside
+            labels += [label[folder.name]] * len(inside)
+    number = {index: name for name, index in label.items()}
+    classes = tuple(number.get(index, str(index)) for index in range(max(number) + 1))
+    return Listing(tuple(files), torch.tensor(labels), classes, tuple((str(file), "lies beside the class folders, not in one") for file in loose))
+
+
+def _labels(mapping: File, names: set[str]) -> dict[str, int]:
+    if not mapping.exists():
+        return {name: index for index, name in enumerate(sorted(names, key=int if all(n.isdecimal() for n in names) else None))}
+    try:
+        data: Any = json.loads(mapping.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{mapping}: {error}", wanted="a JSON object from folder name to label", do="Correct the file.") from error
+    if not isinstance(data, dict) or not all(type(value) is int and value >= 0 for value in data.values()) or len(set(data.values())) != len(data):
+        raise DataError(f"{mapping} that is not a map to different whole numbers from 0", wanted='such as {"cat": 0, "dog": 1}', do="Correct the file.")
+    if missing := sorted(names - data.keys()):
+        raise DataError(f"class folder {missing[0]!r}, which {mapping} does not name", wanted="a label for every folder", do="Add it to the file.")
+    return {name: data[name] for name in data}
+
+
+def _children(folder: File) -> list[File]:
+    return sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+
+
+def cut(samples: R, split: Split, limit: int | None, what: str) -> R:
+    """One part of what brings no split of its own, at most `limit` of it, both spread evenly over the classes. Raises DataError where nothing is left."""
+    if split != "all":
+        test = spread(samples.labels, torch.arange(len(samples)), HELD_OUT)
+        samples = samples.rows((test if split == "test" else ~test).nonzero().flatten())
+    if limit is not None and limit < len(samples):
+        samples = samples.rows(spread(samples.labels, torch.arange(len(samples)), limit / len(samples)).nonzero().flatten())
+    if not len(samples):
+        raise DataError(f"no {what} in split {split!r}", wanted="at least one", do="Give more data, or use split='all'.")
+    return samples
+
+
+def usable(source: File, found: Listing, fault: Callable[[File], str], what: str, on_skip: OnSkip | None) -> Listing:
+    """Only the files in which there is no `fault`; the others are told. Raises DataError where more than half have one."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        reasons = list(pool.map(fault, found.files))
+    bad = tuple((str(file), why) for file, why in zip(found.files, reasons, strict=True) if why)
+    if 2 * len(bad) > len(found):
+        text = f"{len(bad)} of {len(found)} files that are no usable {what}s in {source}, such as {bad[0][0]}: {bad[0][1]}"
+        raise DataError(text, wanted="at most half of them bad", do="Correct or remove them.")
+    skipped = (*found.skipped, *bad)
+    for file, why in skipped if on_skip else ():
+        assert on_skip is not None
+        on_skip(file, why)
+    return replace(found.rows([index for index, why in enumerate(reasons) if not why]), skipped=skipped)
