@@ -13,12 +13,9 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 import apportion
 from apportion.engine import Backend, build, serving
-from apportion.engine.exported import Run, exported
-from apportion.engine.onnxruntime import OnnxRuntime
 from apportion.intake import ImageSet, Preprocess, read_images, read_model
 from apportion.measure.latency import interleaved, ratio, realisation_ratio
 from apportion.network import Network, put
@@ -37,32 +34,6 @@ class Peer(NamedTuple):
     calls: dict[int, Callable[[Tensor], Any]]
     gmacs: float
     answer: Callable[[Tensor], Tensor]
-
-
-@final
-class Int8:
-    """Weights of products in 8 bits, activations quantised as they come, by onnxruntime's own quantiser."""
-
-    suffix, agreement = ".onnx", 0.5
-
-    def __init__(self) -> None:
-        self.plain = OnnxRuntime()
-        self.version = f"INT8 {self.plain.version}"
-
-    def load(self, file: File, *, threads: int) -> Run:
-        return self.plain.load(file, threads=threads)
-
-    def convert(self, program: ExportedProgram, file: File) -> None:
-        import onnx
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
-        plain = file.with_name("plain.onnx")
-        self.plain.convert(program, plain)
-        model = onnx.load(plain)
-        del model.graph.value_info[:]  # shapes that the exporter noted before it moved axes; the quantiser infers them anew
-        quantize_dynamic(model, file, weight_type=QuantType.QInt8, per_channel=True)
-        for part in file.parent.glob(f"{plain.name}*"):
-            part.unlink()
 
 
 @final
@@ -106,7 +77,7 @@ def made(dense: Network, merging: Network, runs: File) -> dict[str, Peer]:
     peers = {"dense, eager": graphed(dense.at(full), macs, "eager")}
     backends: dict[str, Backend] = {"dense, inductor": "inductor", "dense, OpenVINO": "openvino", "dense, ONNX Runtime": "onnxruntime"}
     peers |= {name: graphed(dense.at(full), macs, backend) for name, backend in backends.items()}
-    peers["dense, ONNX Runtime, INT8"] = quantised(dense.at(full), macs)
+    peers["dense, ONNX Runtime, INT8"] = graphed(dense.at(full), macs, "onnxruntime-int8")
     peers |= {f"{name}, inductor": graphed(merging.at(path), merging.macs(path) / 1e9, "inductor") for name, path in static.items()}
     peers |= {f"{name}, OpenVINO": graphed(merging.at(path), merging.macs(path) / 1e9, "openvino") for name, path in static.items()}
     peers["early exit that masks, inductor"] = graphed(Masked(merging).eval(), macs, "inductor")
@@ -120,11 +91,6 @@ def made(dense: Network, merging: Network, runs: File) -> dict[str, Peer]:
 
 def graphed(module: nn.Module, gmacs: float, backend: Backend) -> Peer:
     graphs = {batch: build(module, (torch.zeros(batch, 3, 224, 224),), backend=backend, name=f"peer {batch}") for batch in BATCHES}
-    return Peer(dict(graphs), gmacs, graphs[BATCHES[-1]])
-
-
-def quantised(module: nn.Module, gmacs: float) -> Peer:
-    graphs = {batch: exported(module, (torch.zeros(batch, 3, 224, 224),), runtime=Int8(), name="INT8", cache=None) for batch in BATCHES}
     return Peer(dict(graphs), gmacs, graphs[BATCHES[-1]])
 
 

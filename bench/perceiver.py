@@ -20,7 +20,7 @@ from apportion.control.operate import LEVELS, bootstrap_means
 from apportion.control.rules import confidence_cascade, envelope, oracle, static_hull
 from apportion.deliver import deciding
 from apportion.intake import ImageSet, Preprocess, read_images
-from apportion.measure.outcomes import measure_outcomes
+from apportion.measure.outcomes import look, measure_outcomes
 from apportion.network.perceiver import Perceiver, PerceiverArchitecture, placed
 from apportion.train import Images, Recipe, dense, fit
 from apportion.train.perceiver import classes, nested, passed
@@ -124,7 +124,7 @@ def outcomes(network: Perceiver, logits: Tensor, images: ImageSet) -> Outcomes:
     """The table of all settings without a signal; costs are shares of the full setting, with nothing that decides."""
     cost = torch.tensor([network.macs(path) for path in network.settings()]) / network.macs(network.space.full)
     columns = [lambda state, k=k: state.x[:, k] for k in range(logits.shape[1])]
-    return measure_outcomes(lambda given: (placed(given), given[:, 0]), columns, [(logits, images.labels)], cost=cost)
+    return measure_outcomes(look(lambda given: (placed(given), given[:, 0]), columns), [(logits, images.labels)], cost=cost)
 
 
 def compared(network: Perceiver, name: str, model: Perceiver, found: Outcomes, test: ImageSet) -> dict[str, Any]:

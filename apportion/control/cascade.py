@@ -69,9 +69,13 @@ class Cascade(nn.Module):
         return self.cost.new_tensor(budget).clamp_max(self.cost[-1]), self.cost.new_tensor(cap)
 
     def limits(self, budget: Tensor, cap: Tensor) -> Tensor:
-        """The margin from which on a sample leaves at each checkpoint, (k - 1,); plain tensor operations, so that they compile and export."""
+        """The margin from which on a sample leaves at each checkpoint, (k - 1,)."""
         knot = (self.budgets <= budget).sum().clamp_min(1) - 1
-        return self.thresholds.index_select(0, knot[None])[0].masked_fill(self.cost[1:] > cap, ALWAYS)
+        return self.thresholds[knot].masked_fill(self.cost[1:] > cap, ALWAYS)
+
+    def thresholds_at(self, budget: float, cap: float) -> list[float]:
+        """The same as numbers, for who runs one rung after the other; budget and cap are taken as they are."""
+        return self.limits(self.cost.new_tensor(budget), self.cost.new_tensor(cap)).tolist()
 
     def chosen(self, outcomes: Outcomes, budget: float, cap: float = math.inf) -> Tensor:
         """The rung that each row of a table leaves at, (n,) int64."""

@@ -14,16 +14,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from apportion.control import Cascade, Controller
+from apportion.control import Cascade, Controller, Decider
 from apportion.deliver import bundle as disk
 from apportion.deliver.bundle import Bundle
 from apportion.deliver.costs import Ledger
 from apportion.engine import Backend, Build, Engine, Lengths, Relay, Routed, build
 from apportion.errors import BundleError, PlanError
-from apportion.intake import Tokenise
+from apportion.intake import Feed, Tokenise
 from apportion.measure.doctor import fingerprint
 from apportion.methods import ops
-from apportion.vocab import Answer, Budget, Tokens
+from apportion.network import Network
+from apportion.vocab import Answer, Budget, Ladder, Tokens
 
 Inputs = Tensor | np.ndarray | Sequence[Image.Image] | Sequence[str | File] | Sequence[tuple[str, str]] | Sequence[tuple[Any, int]]
 
@@ -43,15 +44,46 @@ class Decide(nn.Module):
 
 @final
 class Checkpoint(nn.Module):
-    """A stretch of the full path and whether to leave after it, as one graph: (inputs or tokens, budget, cap) -> (tokens, logits, leaves)."""
+    """A stretch of the full path and how sure its answer is, as one graph: inputs or tokens -> (tokens, logits, margin)."""
 
-    def __init__(self, station: nn.Module, cascade: Cascade, place: int) -> None:
+    def __init__(self, station: nn.Module) -> None:
         super().__init__()
-        self.station, self.cascade, self.place = station, cascade, place
+        self.station = station
 
-    def forward(self, given: Tensor | Tokens, budget: Tensor, cap: Tensor) -> tuple[Tokens, Tensor, Tensor]:
+    def forward(self, given: Tensor | Tokens) -> tuple[Tokens, Tensor, Tensor]:
         tokens, logits = self.station(given)
-        return tokens, logits, ops.margin(logits) >= self.cascade.limits(budget, cap)[self.place]
+        return tokens, logits, ops.margin(logits)
+
+
+def routed(
+    network: Network,
+    ladder: Ladder,
+    controller: Decider,
+    feed: Feed,
+    gmacs: Mapping[int, Tensor],
+    *,
+    backend: Backend,
+    buckets: Sequence[int],
+    make: Build = build,
+) -> Routed | Lengths:
+    """The engine of these paths, its graphs still to be made; for texts one for each length in `gmacs`, which holds the rungs' costs (k,) by tokens at full."""
+    a = network.architecture
+
+    def engine(cost: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Routed:
+        form = {"gmacs": cost.float(), "buckets": buckets, "backend": backend, "input_shape": shape, "dtype": dtype, "fill": fill, "make": make}
+        if isinstance(controller, Cascade):
+            exits = [0, *(len(path.steps) for path in ladder.paths)]
+            stations = [Checkpoint(network.station(first, last)) for first, last in pairwise(exits)]
+            return Relay(stations=stations, limits=controller.thresholds_at, **form)
+        decide = Decide(network.glance(ladder.glance), controller)
+        rungs = [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths]
+        return Engine(decide=decide, rungs=rungs, **form)
+
+    if not isinstance(feed, Tokenise):
+        return engine(gmacs[a.tokens], a.input_shape, torch.float32)
+    word = int(feed.padding == 0)  # any that is not the padding
+    engines = {length: engine(cost, (2, length) if feed.pairs else (length,), torch.int64, word) for length, cost in gmacs.items()}
+    return Lengths(engines, padding=feed.padding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,26 +115,9 @@ class Adapted:
 
     def built(self, backend: Backend, *, make: Build = build) -> Routed | Lengths:
         """A fresh engine of this bundle, its graphs still to be made."""
-        a, feed, controller = self.bundle.network.architecture, self.bundle.preprocess, self.bundle.controller
-        network, ladder = self.bundle.network, self.bundle.ladder
-
-        def engine(gmacs: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Routed:
-            form = {"gmacs": gmacs.float(), "buckets": self.buckets, "backend": backend, "input_shape": shape, "dtype": dtype, "fill": fill, "make": make}
-            if isinstance(controller, Cascade):
-                exits = [0, *(len(path.steps) for path in ladder.paths)]
-                stretches: list[nn.Module] = [network.station(first, last) for first, last in pairwise(exits)]
-                stations = [*(Checkpoint(part, controller, place) for place, part in enumerate(stretches[:-1])), stretches[-1]]
-                return Relay(stations=stations, **form)
-            decide = Decide(network.glance(ladder.glance), controller)
-            rungs = [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths]
-            return Engine(decide=decide, rungs=rungs, **form)
-
-        if not isinstance(feed, Tokenise):
-            return engine(self.ledger.rungs[0], a.input_shape, torch.float32)
-        word = int(feed.padding == 0)  # any that is not the padding
-        forms = {length: (2, length) if feed.pairs else (length,) for length in self.ledger.lengths}
-        engines = {length: engine(gmacs, forms[length], torch.int64, word) for length, gmacs in zip(forms, self.ledger.rungs, strict=True)}
-        return Lengths(engines, padding=feed.padding)
+        bundle, ledger = self.bundle, self.ledger
+        gmacs = dict(zip(ledger.lengths, ledger.rungs, strict=True))
+        return routed(bundle.network, bundle.ladder, bundle.controller, bundle.preprocess, gmacs, backend=backend, buckets=self.buckets, make=make)
 
     def warm(self, progress: Callable[[str], None] | None = None) -> int:
         """Build every graph; returns how many there are."""

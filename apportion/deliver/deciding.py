@@ -27,15 +27,17 @@ from apportion.control import (
 )
 from apportion.control.complexity import Complexity
 from apportion.control.policy import Policy
-from apportion.deliver.adapted import Adapted
+from apportion.deliver.adapted import Adapted, routed
 from apportion.deliver.bundle import Bundle, Rung
 from apportion.deliver.costs import Profile, mean_macs, mean_rung_macs, profile
-from apportion.engine import Backend, build
+from apportion.engine import COARSE, Backend, Lengths, Relay, build, lengths
 from apportion.errors import ControlError, PlanError
-from apportion.intake import KINDS, Feed, Parts, Samples, Source
+from apportion.intake import KINDS, Feed, Parts, Samples, Source, Tokenise
 from apportion.measure.doctor import device
 from apportion.measure.forecast import forecast
-from apportion.measure.outcomes import measure_outcomes
+from apportion.measure.outcomes import Look, measure_outcomes
+from apportion.measure.outcomes import look as look_at
+from apportion.methods import ops
 from apportion.network import Network
 from apportion.vocab import Ladder, Outcomes, Plan
 
@@ -91,8 +93,12 @@ def control(
     checkpoints = plan.control == "checkpoints"
     decision = 0 if checkpoints else decision_macs(network.glance(ladder.glance)(one)[1].shape[1], len(ladder.paths))
 
+    every = served(network, ladder, feed, plan, backend=backend, tell=tell) if backend in COARSE else None
+    first = 0
+
     def table(ladder: Ladder, part: Samples, decision: int) -> Outcomes:
-        return outcomes(network, ladder, part, feed, decision=decision, checkpoints=checkpoints, reference=reference, over=over)
+        look = None if every is None else partial(every, first=first)
+        return outcomes(network, ladder, part, feed, decision=decision, checkpoints=checkpoints, reference=reference, over=over, look=look)
 
     fitted, placed = table(ladder, parts.decide, decision), table(ladder, parts.place, decision)
     # The tolerance is against the model that was read, so what healing gave or took at full counts too.
@@ -130,6 +136,25 @@ def control(
         },
     )
     return Adapted(bundle, backend=backend, buckets=buckets), seen
+
+
+def served(network: Network, ladder: Ladder, feed: Feed, plan: Plan, *, backend: Backend, tell: Tell) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What the graphs of a back-end that rounds answer, from a rung on: (inputs, first=) -> (sureness for a signal, logits (b, k, classes)).
+
+    Raises PlanError where paths are decided for at a glance: what it sees would not be what it learned from.
+    """
+    if plan.control != "checkpoints":
+        raise PlanError(f"back-end {backend!r} with control = {plan.control!r}", wanted='control = "checkpoints"', do="Set it in the plan.")
+    tokens = lengths(network.architecture.length) if isinstance(feed, Tokenise) else (network.architecture.tokens,)
+    engine = routed(network, ladder, Cascade(len(ladder.paths)), feed, dict.fromkeys(tokens, torch.zeros(len(ladder.paths))), backend=backend, buckets=(1,))
+    assert isinstance(engine, Relay | Lengths)
+    engine.warm(tell)
+
+    def answers(inputs: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        logits = engine.every(inputs)[:, first:].float()
+        return ops.margin(logits), logits
+
+    return answers
 
 
 def certified(table: Outcomes, before: Tensor, controller: Decider, plan: Plan, *, least: float) -> Certificate:
@@ -192,21 +217,22 @@ def outcomes(
     checkpoints: bool = False,
     reference: Network | None = None,
     over: Profile | None = None,
+    look: Look | None = None,
 ) -> Outcomes:
     """The table of these samples along the paths of the ladder; costs are closed-form multiply-adds with those of deciding, as shares of the full path.
 
     `decision`: multiply-adds of the controller. Without labels, right is what `reference` answers, or where there is none the ladder's own full path.
-    `over`: how texts are spread over lengths; costs are means over it.
+    `over`: how texts are spread over lengths; costs are means over it. `look`: what answers, where the modules themselves do not.
     """
-    rungs = [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths]
-    glance = network.glance(ladder.glance)
+    if look is None:
+        look = look_at(network.glance(ladder.glance), [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths])
     cost = torch.tensor(mean_rung_macs(network, ladder, over, decision=decision, checkpoints=checkpoints), dtype=torch.float64)
     sizes = samples.sizes(feed)
     order = None if sizes is None else sizes.argsort(stable=True)  # texts of one length share a batch
     batches = (samples if order is None else samples.rows(order)).batches(BATCH, feed)
     if samples.labels is None and reference is not None:
         batches = ((inputs, reference(inputs, reference.space.full).argmax(-1)) for inputs, _ in batches)
-    table = measure_outcomes(glance, rungs, batches, cost=(cost / cost[-1]).float())
+    table = measure_outcomes(look, batches, cost=(cost / cost[-1]).float())
     return table if order is None else table.rows(order.argsort())
 
 

@@ -29,6 +29,7 @@ from apportion.network import Network
 from apportion.vocab import Ladder, Outcomes
 
 Tell = Callable[[str], None]
+ROWS = 128  # at a time, where all samples are answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ def weigh(adapted: Adapted, dense: Network, samples: Samples, seen: Outcomes, de
     figures = judged(bundle, seen, choice, dense_correct, place=place)
     saved = figures["gmacs_dense"] > figures["gmacs_adaptive"]
     figures |= {
+        "served": kept(adapted, samples, choice),
         "time_ratio": {str(batch): found._asdict() for batch, found in ratios.items()},
         "realisation": {
             str(batch): realisation_ratio(1.0, found.value, figures["gmacs_dense"], figures["gmacs_adaptive"]) if saved else None
@@ -93,6 +95,14 @@ def weigh(adapted: Adapted, dense: Network, samples: Samples, seen: Outcomes, de
     measured = Adapted(replace(bundle, costs={**bundle.costs, fingerprint(): table}), backend=adapted.backend, buckets=adapted.buckets, engine=adapted.engine)
     report = page(measured, samples, seen, choice, dense_correct, times, peaks, figures)
     return Weighed(measured, report, figures)
+
+
+def kept(adapted: Adapted, samples: Samples, choice: Tensor) -> dict[str, float | None]:
+    """What the engine itself does with these samples at the operating point: the share on the path that the table says, and accuracy where there are labels."""
+    answers = [(adapted.engine(inputs, budget=adapted.bundle.budget), labels) for inputs, labels in samples.batches(ROWS, adapted.bundle.preprocess)]
+    path = torch.cat([answer.path.cpu() for answer, _ in answers])
+    right = [answer.logits.argmax(-1).cpu() == labels for answer, labels in answers if labels is not None]
+    return {"same_path": (path == choice).double().mean().item(), "accuracy": torch.cat(right).double().mean().item() if right else None}
 
 
 def group(bundle: Bundle, samples: Samples, mine: Tensor, length: int, count: int) -> tuple[float, Tensor]:

@@ -11,7 +11,11 @@ import torch
 
 from apportion.errors import EngineError
 
-Backend = Literal["inductor", "eager", "openvino", "onnxruntime"]
+Backend = Literal["inductor", "eager", "openvino", "onnxruntime", "onnxruntime-int8"]
+ALONE: tuple[Backend, ...] = ("onnxruntime-int8",)
+"""Back-ends in whose batches an answer depends on the samples beside it: they run one sample at a time."""
+COARSE: tuple[Backend, ...] = ("onnxruntime-int8",)
+"""Back-ends that answer otherwise than the modules do: what they answer is measured through them."""
 
 
 @dataclass(frozen=True, slots=True)

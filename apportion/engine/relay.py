@@ -21,15 +21,17 @@ from apportion.vocab import Answer, Tokens
 class Relay:
     """An engine for exits: what one rung did is what the next begins with, and the answer at each says whether to go on.
 
-    `stations[0]`: (inputs (b, ...), budget (), cap ()) -> (state, logits (b, classes), leaves (b,) bool); those between take a state for the inputs; the last
-    gives (state, logits). `gmacs`: (k,) per sample, answers on the way included. Else as `Engine`, whose laws hold here too. When a
-    batch goes on in part it is gathered anew, so graphs of small buckets matter. Cost beside the graphs: one wait for the device at each checkpoint.
+    `stations[0]`: inputs (b, ...) -> (state, logits (b, classes), sureness (b,)); the others take a state for the inputs. `limits`: (budget, cap) -> the
+    sureness from which on a sample leaves at each station but the last. `gmacs`: (k,) per sample, answers on the way included. Else as `Engine`, whose laws
+    hold here too. When a batch goes on in part it is gathered anew, so graphs of small buckets matter. Cost beside the graphs: one wait for the device at
+    each checkpoint. No threshold is in a graph: others can be had without building anything.
     """
 
     def __init__(
         self,
         *,
         stations: Sequence[nn.Module],
+        limits: Callable[[float, float], Sequence[float]],
         gmacs: Tensor,
         buckets: Sequence[int] = (1, 8, 32),
         backend: Backend = "inductor",
@@ -41,7 +43,7 @@ class Relay:
         if len(stations) < 2 or gmacs.shape != (len(stations),):
             found = f"{len(stations)} stations with costs of shape {tuple(gmacs.shape)}"
             raise EngineError(found, wanted="at least two, one cost for each", do="Measure each.")
-        self._last, self._gmacs = len(stations) - 1, gmacs
+        self._last, self._gmacs, self._limits = len(stations) - 1, gmacs, limits
         modules = {f"station {k}": module for k, module in enumerate(stations)}
         self._table = Table(modules, buckets=buckets, backend=backend, input_shape=input_shape, dtype=dtype, fill=fill, make=make)
 
@@ -59,7 +61,7 @@ class Relay:
             given, answers = table.blank(), set[tuple[int, ...]]()
             for station in range(self._last + 1):
                 rows = [torch.zeros(size, dtype=torch.int64) for size in table.buckets]
-                found = [table.add(f"station {station}", self._example(given, row, station, 1.0, math.inf), len(row), progress) for row in rows]
+                found = [table.add(f"station {station}", (_rows(given, row),), len(row), progress) for row in rows]
                 given, logits = found[-1][:2]
                 answers.add(tuple(logits.shape[1:]))
         table.same_shape(answers)
@@ -67,26 +69,41 @@ class Relay:
 
     def __call__(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Answer:
         """Answers for any number of samples, in order. Raises EngineError before `warm()` and for inputs of another shape, dtype or device."""
-        return self._run(inputs, budget, cap, None)
+        return self._run(inputs, self._thresholds(budget, cap))
 
     def forced(self, inputs: Tensor, rung: int) -> Answer:
         """Answers of one rung, by way of every checkpoint before it: what a rung costs when it is measured. Raises EngineError for a rung that is not there."""
         if not 0 <= rung <= self._last:
             raise EngineError(f"rung {rung}", wanted=f"0 to {self._last}", do="Name one of these.")
-        return self._run(inputs, 1.0, math.inf, rung)
+        return self._run(inputs, [-math.inf if station == rung else math.inf for station in range(self._last)])
 
     def decided(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Tensor:
         """The (b,) rungs alone; here they are known only when the answer is."""
-        return self._run(inputs, budget, cap, None).path
+        return self._run(inputs, self._thresholds(budget, cap)).path
 
-    def _run(self, inputs: Tensor, budget: float, cap: float, until: int | None) -> Answer:
+    def every(self, inputs: Tensor) -> Tensor:
+        """The answers of all rungs, (b, k, classes): what tables are made of where only the graphs themselves can say what they answer."""
+        self._table.check(inputs)
+        given, found = inputs, []
+        with serving():
+            for station in range(self._last + 1):
+                given, logits, _ = self._station(given, station)
+                found.append(logits)
+        return torch.stack(found, 1)
+
+    def _thresholds(self, budget: float, cap: float) -> Sequence[float]:
+        if math.isnan(budget) or math.isnan(cap):
+            raise EngineError(f"budget {budget} with cap {cap}", wanted="two numbers", do="State what may be spent.")
+        return self._limits(budget, cap)
+
+    def _run(self, inputs: Tensor, thresholds: Sequence[float]) -> Answer:
         self._table.check(inputs)
         alive, given = torch.arange(len(inputs)), inputs
         rows, logits, path = [], [], torch.empty(len(inputs), dtype=torch.int64)
         with serving():
-            for station in range(self._last + 1):
-                given, said, leaves = self._station(given, station, budget, cap)
-                leaves = torch.full_like(leaves, station == until) if until is not None and station < self._last else leaves
+            for station, limit in enumerate([*thresholds, -math.inf]):
+                given, said, sure = self._station(given, station)
+                leaves = sure >= limit
                 rows.append(alive[leaves])
                 logits.append(said[leaves.to(said.device)])
                 path[alive[leaves]] = station
@@ -99,17 +116,15 @@ class Relay:
         path = path.to(ordered.device)
         return Answer(ordered, path, self._gmacs.to(path.device)[path])
 
-    def _station(self, given: Tensor | Tokens, station: int, budget: float, cap: float) -> tuple[Tokens, Tensor, Tensor]:
-        """State, answer and who leaves, on the host, after one station."""
+    def _station(self, given: Tensor | Tokens, station: int) -> tuple[Tokens, Tensor, Tensor]:
+        """State, answer and, on the host, how sure of it, after one station."""
         found = []
         for piece, real in fill(range(len(given if isinstance(given, Tensor) else given.x)), self._table.buckets):
-            state, logits, *leaves = self._table[f"station {station}", len(piece)](*self._example(given, piece, station, budget, cap))
-            kept = Tokens(state.x[:real], state.size[:real], state.origin[:real], state.prefix)
-            found.append((kept, logits[:real], leaves[0][:real] if leaves else torch.ones(real, dtype=torch.bool)))
-        states, answers, who = zip(*found, strict=True)
-        return join(states), torch.cat(answers), torch.cat(who).cpu()
+            state, logits, sure = self._table[f"station {station}", len(piece)](_rows(given, piece))
+            found.append((Tokens(state.x[:real], state.size[:real], state.origin[:real], state.prefix), logits[:real], sure[:real]))
+        states, answers, sure = zip(*found, strict=True)
+        return join(states), torch.cat(answers), torch.cat(sure).cpu()
 
-    def _example(self, given: Tensor | Tokens, rows: Tensor, station: int, budget: float, cap: float) -> tuple[Tensor | Tokens, ...]:
-        """What a station is called with, for these rows."""
-        part = given.index_select(0, rows.to(given.device)) if isinstance(given, Tensor) else take(given, rows)
-        return (part,) if station == self._last else (part, *self._table.limits(budget, cap))
+
+def _rows(given: Tensor | Tokens, rows: Tensor) -> Tensor | Tokens:
+    return given.index_select(0, rows.to(given.device)) if isinstance(given, Tensor) else take(given, rows)

@@ -10,7 +10,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from apportion.engine.graph import Backend, Graph, check_backend
+from apportion.engine.graph import ALONE, Backend, Graph, check_backend
 from apportion.errors import EngineError
 
 
@@ -46,6 +46,9 @@ class Table:
         check_backend(backend)
         if not buckets or min(buckets) < 1 or list(buckets) != sorted(set(buckets)):
             raise EngineError(f"buckets {tuple(buckets)}", wanted="positive batch sizes, ascending", do="Use for example (1, 8, 32).")
+        if backend in ALONE and tuple(buckets) != (1,):
+            do = "Pass buckets=(1,): in larger batches an answer would depend on the samples beside it."
+            raise EngineError(f"buckets {tuple(buckets)} for {backend!r}", wanted="one sample at a time", do=do)
         self.buckets = tuple(buckets)
         self.modules, self._make = dict(modules), make
         self._backend: Backend = backend

@@ -9,6 +9,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
+from apportion.engine.relay import Relay
 from apportion.errors import EngineError
 from apportion.vocab import Answer
 
@@ -57,6 +58,16 @@ class Lengths:
     def forced(self, inputs: Tensor, rung: int) -> Answer:
         """Answers along one rung, as an engine gives them."""
         return self._answers(inputs, lambda length, rows: self._engines[length].forced(rows, rung))
+
+    def every(self, inputs: Tensor) -> Tensor:
+        """The answers of all rungs, (b, k, classes), where the engines run one rung after the other."""
+        found = []
+        for length, rows, part in self._parts(inputs):
+            engine = self._engines[length]
+            if not isinstance(engine, Relay):
+                raise EngineError("engines that decide once", wanted="a Relay for each length", do="Ask for one rung after the other with forced().")
+            found.append((rows, engine.every(part)))
+        return torch.cat([part for _, part in found])[torch.cat([rows for rows, _ in found]).argsort()]
 
     def decided(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Tensor:
         """The (b,) rungs alone, at the cost of the glance."""

@@ -139,6 +139,8 @@ def _stem(spans: list[Span], places: dict[str, Tensor], a: Architecture) -> str:
     """Where the source keeps its blocks."""
     first = int(places[f"blocks.{a.depth - 1}.mixer.proj.weight"][0, 0])
     name = next(span.name for span in reversed(spans) if span.start <= first)
+    if f".{a.depth - 1}." not in name:
+        raise _refusal(f"{name}, which several blocks share", "weights of its own for each block", "This family can be read, but not written.")
     return name.split(f".{a.depth - 1}.")[0]
 
 

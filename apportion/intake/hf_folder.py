@@ -23,6 +23,9 @@ HARMLESS = {
     *("position_embedding_type", "directionality", "output_past", "finetuning_task", "tie_weights_", "use_cache", "problem_type", "reference_compile"),
     *("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
     *("summary_activation", "summary_last_dropout", "summary_type", "summary_use_proj", "global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"),
+    *("position_buckets", "share_att_key", "norm_rel_ebd", "attention_head_size", "conv_kernel_size", "talking_head"),  # read, where a class knows them
+    *("conv_act", "conv_groups", "cls_dropout", "padding_idx", "pooler_size", "net_structure_type", "layers_to_keep", "num_memory_blocks"),
+    *("gap_size", "down_scale_factor"),
     *("sep_token_id", "cls_token_id", "mask_token_id", "bos_token_id", "eos_token_id", "sinusoidal_pos_embds", "attention_probs_dropout_prob", "layer_types"),
 }
 POOLINGS: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "class_token", "mean": "mean", "cls": "class_token"}

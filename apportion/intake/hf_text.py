@@ -1,12 +1,15 @@
-"""Text encoders of transformers as our network, exact or refused: BERT and its kin, RoBERTa, DistilBERT, ELECTRA, MPNet, ModernBERT, Nomic.
+"""Text encoders of transformers as our network, exact or refused: BERT and its kin, RoBERTa, DistilBERT, ELECTRA, MPNet, ModernBERT, Nomic, ALBERT, DeBERTa.
 
 A class is read where `hf_families` names it; every tensor must find its place: what is left over was not understood. What a forward does beside its tensors
 (positions, windows, activations) is taken from the configuration and held by the equality test of `verify`, on texts with and without padding.
+Of what a source's blocks share, each of ours has a copy, so that it can be healed and cut by itself. So memory grows: ALBERT's 12 layers share one block (base:
+12 million parameters become 90 million), DeBERTa's a table of distances, which is projected for each (base of the third version: 9 million more).
 Written against transformers 5.23. Import through `read.py`, which readies torchvision first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apportion.errors import PlanError, Refused
-from apportion.intake.hf_families import ACTIVATIONS, CLASSIFIES, FAMILIES, IN_THE_WAY, TABLE, Family
+from apportion.errors import PlanError
+from apportion.intake.hf_families import CLASSIFIES, FAMILIES, IN_THE_WAY, TABLE, Family, activation, disentangled, modern, need, refusal, rotary
+from apportion.methods.mixer.disentangled import reach
 from apportion.network import Architecture, Network
-from apportion.network.architecture import Activation
 
 Pooling = Literal["mean", "class_token", "pooler"]
 LONGEST = 512  # tokens at which paths are stated, where the caller names no length
@@ -46,20 +49,46 @@ class Answering(nn.Module):
         return F.normalize(x, dim=-1) if self.unit else x
 
 
+class Source:
+    """A model's tensors, and which of them have found a place; several blocks may take the same."""
+
+    def __init__(self, model: nn.Module, family: Family, base: str) -> None:
+        self.family, self.base = family, base
+        self.config: Any = model.config
+        self.found = {name: value.detach() for name, value in model.state_dict().items() if name.rpartition(".")[2] not in IDLE}
+        self.read: set[str] = set()
+
+    def take(self, name: str) -> Tensor:
+        if name not in self.found:
+            raise refusal(f"no {name}", wanted="every block alike, with weights and biases where the network has them")
+        self.read.add(name)
+        return self.found[name]
+
+    def left(self) -> list[str]:
+        return [name for name in self.found if name not in self.read]
+
+    def block(self, index: int) -> str:
+        """Prefix of the tensors of one of our blocks."""
+        if self.config.model_type != "albert":
+            return f"{self.base}{self.family.block.format(index)}."
+        layer, inner = divmod(index, self.config.inner_group_num)
+        group = int(layer / (self.config.num_hidden_layers / self.config.num_hidden_groups))  # in floating point, as the source does it
+        return f"{self.base}{self.family.block.format(group, inner)}."
+
+
 def read_text(model: nn.Module, *, length: int | None = None, pooling: Pooling | None = None, unit: bool = False) -> Network:
     """A network with copies of the model's weights in float32, in evaluation mode. Raises Refused, naming what has no exact counterpart."""
     family, base = _family(model, pooling)
     a = describe(model, length=length, pooling=pooling, unit=unit)
     with torch.device("meta"):
         network = Network(a)
-    left = {name: value.detach() for name, value in model.state_dict().items() if name.rpartition(".")[2] not in IDLE}
-    tables = {name: value for name, value in left.items() if name.endswith("relative_attention_bias.weight")}
-    state = {name: _tensor(name, left, tables, family, base, a).float().cpu().clone() for name in network.state_dict()}
-    unread = [name for name in left if name not in tables and not (name.startswith(f"{base}pooler.") and pooling in ("mean", "class_token"))]
+    source = Source(model, family, base)
+    state = {name: _tensor(name, source, a).float().cpu().clone() for name in network.state_dict()}
+    unread = [name for name in source.left() if not (name.startswith(f"{base}pooler.") and pooling in ("mean", "class_token"))]
     if unread:
-        raise _refusal(f"{unread[0]}, which has no place in the network")
+        raise refusal(f"{unread[0]}, which has no place in the network")
     for name, value in network.state_dict().items():
-        _need(state[name].shape == value.shape, f"{tuple(state[name].shape)} for {name}", str(tuple(value.shape)))
+        need(state[name].shape == value.shape, f"{tuple(state[name].shape)} for {name}", str(tuple(value.shape)))
     network.load_state_dict(state, assign=True)
     return network.eval()
 
@@ -81,12 +110,12 @@ def describe(model: nn.Module, *, length: int | None = None, pooling: Pooling | 
     classes = config.num_labels if pooling is None else 0
     hidden = family.hidden[1] if pooling is None else "tanh" if pooling == "pooler" else None
     pool: Literal["mean", "class_token"] = "mean" if pooling == "mean" or (pooling is None and _modern_mean(config)) else "class_token"
-    norms = [part for part in model.modules() if isinstance(part, nn.LayerNorm)]
+    norm = next(iter(_norms(model).values()))
     shared: dict[str, Any] = {
         "image_size": 0,
         "patch": 0,
         "dim": config.hidden_size,
-        "depth": config.num_hidden_layers,
+        "depth": config.num_hidden_layers * getattr(config, "inner_group_num", 1),
         "heads": config.num_attention_heads,
         "hidden": config.hidden_dim if config.model_type == "distilbert" else config.intermediate_size,
         "classes": classes,
@@ -94,8 +123,8 @@ def describe(model: nn.Module, *, length: int | None = None, pooling: Pooling | 
         "stem_norm": True,
         "norm_first": False,
         "final_norm": False,
-        "activation": _activation(config),
-        "eps": norms[0].eps,
+        "activation": activation(config),
+        "eps": _eps(norm),
         "pool": pool,
         "head_hidden": hidden,
         "head_unit": unit,
@@ -107,7 +136,9 @@ def describe(model: nn.Module, *, length: int | None = None, pooling: Pooling | 
         "position_offset": offset,
         "token_types": _rows(embed, "token_type_embeddings"),
     }
-    return Architecture(**{**shared, **family.extra, **_rotary(config), **_modern(config, norms, pooling)})
+    whole = pooling is None
+    flavour = {**rotary(config), **modern(config, norm.bias is not None, whole), **disentangled(config, stem.embedding_dim, whole)}
+    return Architecture(**{**shared, **family.extra, **flavour})
 
 
 def examples(a: Architecture, *, seed: int = 0) -> list[Tensor]:
@@ -138,7 +169,7 @@ def _family(model: nn.Module, pooling: Pooling | None) -> tuple[Family, str]:
     name = type(model).__name__
     if not type(model).__module__.startswith("transformers.models.") or name not in TABLE:
         reason = next((why for part, why in IN_THE_WAY.items() if part in name), "no exact counterpart is known")
-        raise _refusal(f"model of class {_name(model)}: {reason}", wanted=f"one of {', '.join(FAMILIES)} as Model or {CLASSIFIES}")
+        raise refusal(f"model of class {_name(model)}: {reason}", wanted=f"one of {', '.join(FAMILIES)} as Model or {CLASSIFIES}")
     whole = name.endswith(CLASSIFIES)
     if whole != (pooling is None):
         do = "Leave pooling out." if whole else 'Pass pooling="mean", "class_token" or "pooler": transformers leaves it to the user.'
@@ -150,101 +181,104 @@ def _family(model: nn.Module, pooling: Pooling | None) -> tuple[Family, str]:
 def _check(model: nn.Module, config: Any) -> None:
     for name, module in model.named_modules():
         if not type(module).__module__.startswith(("transformers.models.", "transformers.activations", "torch.nn.modules.")):
-            raise _refusal(f"{name or 'the model'} of class {_name(module)}", do="Read the model as transformers made it, without adapters or quantisation.")
-        if isinstance(module, nn.LayerNorm):
-            eps = next(part.eps for part in model.modules() if isinstance(part, nn.LayerNorm))
-            _need(module.eps == eps, f"eps {module.eps} in {name}", f"{eps}, as in the first norm")
+            raise refusal(f"{name or 'the model'} of class {_name(module)}", do="Read the model as transformers made it, without adapters or quantisation.")
+    norms = _norms(model)
+    eps = _eps(next(iter(norms.values())))
+    for name, norm in norms.items():
+        need(_eps(norm) == eps, f"eps {_eps(norm)} in {name}", f"{eps}, as in the first norm")
     asked = config.to_dict()
-    _need(not asked.get("is_decoder"), "is_decoder", "an encoder")
-    _need(not asked.get("add_cross_attention"), "add_cross_attention", "an encoder")
-    _need(asked.get("position_embedding_type", "absolute") == "absolute", f"position_embedding_type {asked.get('position_embedding_type')}", "absolute")
-    _need(config.pad_token_id is not None, "no pad_token_id", "the id of the padding")
-    _need(config.model_type != "mpnet" or config.pad_token_id == 1, f"pad_token_id {config.pad_token_id}", "1, which MPNet's code holds fast")
+    need(not asked.get("is_decoder"), "is_decoder", "an encoder")
+    need(not asked.get("add_cross_attention"), "add_cross_attention", "an encoder")
+    need(asked.get("position_embedding_type", "absolute") == "absolute", f"position_embedding_type {asked.get('position_embedding_type')}", "absolute")
+    need(config.pad_token_id is not None, "no pad_token_id", "the id of the padding")
+    need(config.model_type != "mpnet" or config.pad_token_id == 1, f"pad_token_id {config.pad_token_id}", "1, which MPNet's code holds fast")
     if type(model).__name__.endswith(CLASSIFIES):
-        _need(config.problem_type in (None, "single_label_classification"), f"problem_type {config.problem_type}", "one class for each text")
-        _need(config.num_labels > 1, f"{config.num_labels} output", "at least two classes")
-
-
-def _rotary(config: Any) -> dict[str, Any]:
-    """Rotary positions: one base, or one for blocks with a window and one for the others."""
-    found = getattr(config, "rope_parameters", None)
-    if found is None:
-        return {}
-    both = {"full_attention": found} if "rope_type" in found else found
-    for name, each in both.items():
-        plain = each["rope_type"] == "default" and each.get("partial_rotary_factor", 1.0) == 1.0
-        _need(plain, f"rope_parameters {name} {each}", "plain rotary positions")
-    return {name: each["rope_theta"] for name, each in zip(("rotary", "rotary_local"), (both[k] for k in sorted(both)), strict=False)}
-
-
-def _modern(config: Any, norms: list[nn.LayerNorm], pooling: Pooling | None) -> dict[str, Any]:
-    """What ModernBERT does otherwise: pre-norm, no norm before the first mixer, gates, few biases, windows in most blocks."""
-    if config.model_type != "modernbert":
-        return {}
-    kinds = config.layer_types
-    every = next((i for i, kind in enumerate(kinds) if i and kind == "full_attention"), len(kinds))
-    wanted = ["sliding_attention" if i % every else "full_attention" for i in range(len(kinds))]
-    _need(kinds == wanted, f"layer_types {kinds}", f"full attention in the first block and then in every {every}th")
-    head = (
-        {} if pooling else {"head_hidden": _activation(config, "classifier_activation"), "head_hidden_norm": True, "head_hidden_bias": config.classifier_bias}
-    )
-    return {
-        "norm_first": True,
-        "first_norm": False,
-        "final_norm": True,
-        "norm_bias": norms[0].bias is not None,
-        "gated": True,
-        "qkv_bias": config.attention_bias,
-        "proj_bias": config.attention_bias,
-        "ffn_bias": config.mlp_bias,
-        "window": config.sliding_window,
-        "global_every": every,
-        **head,
-    }
+        need(config.problem_type in (None, "single_label_classification"), f"problem_type {config.problem_type}", "one class for each text")
+        need(config.num_labels > 1, f"{config.num_labels} output", "at least two classes")
 
 
 def _modern_mean(config: Any) -> bool:
     return config.model_type == "modernbert" and config.classifier_pooling == "mean"
 
 
-def _tensor(ours: str, left: dict[str, Tensor], tables: Mapping[str, Tensor], family: Family, base: str, a: Architecture) -> Tensor:
-    """The tensor of the source that belongs to ours; it is taken out of what is `left`, halves of a fused one when the second is taken."""
-
-    def take(name: str, *, keep: bool = False) -> Tensor:
-        if name not in left:
-            raise _refusal(f"no {name}", wanted="every block alike, with weights and biases where the network has them")
-        return left[name] if keep else left.pop(name)
-
+def _tensor(ours: str, source: Source, a: Architecture) -> Tensor:
+    """The tensor of the source that belongs to ours."""
     module, _, leaf = ours.rpartition(".")
-    parts = family.parts
+    parts, base = source.family.parts, source.base
     if module == "head.project" or module.startswith("head.project."):
-        return take(_head(module, family, base, a) + f".{leaf}")
+        return source.take(_head(module, source, a) + f".{leaf}")
     if ours in ("tokeniser.position", "tokeniser.kind"):
-        table = take(f"{base}{parts[ours]}.weight")
+        table = source.take(f"{base}{parts[ours]}.weight")
         task = f"{base}embeddings.task_type_embeddings.weight"
-        return table + left.pop(task)[0] if ours == "tokeniser.kind" and task in left else table  # ERNIE: a text without a task has task 0
+        return table + source.take(task)[0] if ours == "tokeniser.kind" and task in source.found else table  # ERNIE: a text without a task has task 0
     if not module.startswith("blocks."):
-        return take(f"{base}{parts[module]}.{leaf}")
+        return source.take(f"{base}{parts[module]}.{leaf}")
     _, index, part = module.split(".", 2)
-    block = f"{base}{family.block}.{index}."
+    block = source.block(int(index))
     if leaf == "relative":
-        return next(iter(tables.values()))  # each block has its own copy of the table that they share
+        return source.take(f"{base}{parts['mixer.relative']}.weight")
+    if leaf in ("position_key", "position_query"):
+        return _by_distance(leaf, block, source, a)
     if part == "mixer.qkv":
-        fused = (
-            take(f"{block}{parts['fused']}.{leaf}") if "fused" in parts else torch.cat([take(f"{block}{parts[k]}.{leaf}") for k in ("query", "key", "value")])
-        )
-        return fused.unflatten(0, (3, a.heads, a.dim // a.heads)).transpose(0, 1).flatten(0, 2)
+        rows, terms = _rows_by_head(leaf, block, source, a), _terms(a)
+        return (torch.cat((rows[:, :1].double() / math.sqrt(terms), rows[:, 1:].double()), 1) if terms > 1 else rows).flatten(0, 2)
     if part in ("ffn.up", "ffn.gate") and "wide" in parts:
-        return take(f"{block}{parts['wide']}.{leaf}", keep=part == "ffn.up").chunk(2)[part == "ffn.gate"]
-    return take(f"{block}{parts[part]}.{leaf}")
+        return source.take(f"{block}{parts['wide']}.{leaf}").chunk(2)[part == "ffn.gate"]
+    return source.take(f"{block}{parts[part]}.{leaf}")
 
 
-def _head(module: str, family: Family, base: str, a: Architecture) -> str:
+def _rows_by_head(leaf: str, block: str, source: Source, a: Architecture) -> Tensor:
+    """Rows of queries, keys and values, (heads, 3, channels, ...)."""
+    parts, channels = source.family.parts, a.dim // a.heads
+    if "grouped" in parts and leaf == "weight":
+        return source.take(f"{block}{parts['grouped']}.weight").unflatten(0, (a.heads, 3, channels))
+    if "grouped" in parts:
+        query, value = (source.take(block + parts[name]) for name in ("query", "value"))
+        fused = torch.cat((query, torch.zeros_like(query), value))
+    elif "fused" in parts:
+        fused = source.take(f"{block}{parts['fused']}.{leaf}")
+    else:
+        fused = torch.cat([source.take(f"{block}{parts[name]}.{leaf}") for name in ("query", "key", "value")])
+    return fused.unflatten(0, (3, a.heads, channels)).transpose(0, 1)
+
+
+def _by_distance(leaf: str, block: str, source: Source, a: Architecture) -> Tensor:
+    """Keys or queries of the distances that a text can have, with their scale: the shared table, normed where it is, by the block's weights."""
+    parts, base, channels = source.family.parts, source.base, a.dim // a.heads
+    side, (first, last) = a.relative_buckets // 2, reach(a.length, a.relative_buckets, a.relative_range)
+    table = source.take(f"{base}{parts['relative']}.weight").double()
+    norm = base + parts.get("relative_norm", "")
+    if f"{norm}.weight" in source.found:
+        table = F.layer_norm(table, (a.dim,), source.take(f"{norm}.weight").double(), source.take(f"{norm}.bias").double(), a.eps)
+    name = block + parts[leaf]
+    if f"{name}.weight" not in source.found:  # share_att_key: distances are projected as the content is
+        name = block + parts[leaf.removeprefix("position_")]
+    bias = source.take(f"{name}.bias").double() if f"{name}.bias" in source.found else None
+    seen = F.linear(table[side + first : side + last + 1], source.take(f"{name}.weight").double(), bias)
+    scale = channels if leaf == "position_key" else channels * _terms(a)  # the queries that look at position_key are divided by the rest
+    return seen.unflatten(1, (a.heads, channels)).permute(1, 2, 0) / math.sqrt(scale)
+
+
+def _terms(a: Architecture) -> int:
+    """How many products make up a score."""
+    return 1 + a.content_to_position + a.position_to_content
+
+
+def _head(module: str, source: Source, a: Architecture) -> str:
     """Name of the source's layer for one of the head's."""
-    hidden = family.hidden[0] if a.classes else "pooler.dense"
-    places = {0: f"{base}{hidden}" if hidden == "pooler.dense" else hidden, 2: f"{family.hidden[0].rpartition('.')[0]}.norm"} if a.head_hidden else {}
+    family = source.family
+    hidden = (family.hidden[0] if a.classes else family.pooler).format(source.base)
+    places = {0: hidden, 2: f"{hidden.rpartition('.')[0]}.norm"} if a.head_hidden else {}
     place = int(module.rpartition(".")[2]) if module != "head.project" else -1
     return family.classes if place not in places or (place == 2 and not a.head_hidden_norm) else places[place]
+
+
+def _norms(model: nn.Module) -> dict[str, Any]:
+    return {name: part for name, part in model.named_modules() if type(part).__name__.endswith("LayerNorm")}
+
+
+def _eps(norm: Any) -> float:
+    return norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon  # of DeBERTa's first version
 
 
 def _rows(embeddings: nn.Module, name: str) -> int:
@@ -252,20 +286,5 @@ def _rows(embeddings: nn.Module, name: str) -> int:
     return found.num_embeddings if isinstance(found, nn.Embedding) else 0
 
 
-def _activation(config: Any, *names: str) -> Activation:
-    found = next(getattr(config, name) for name in (*names, "hidden_act", "activation", "hidden_activation") if getattr(config, name, None) is not None)
-    _need(found in ACTIVATIONS, f"activation {found!r}", f"one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[found]
-
-
-def _need(held: bool, found: str, wanted: str) -> None:
-    if not held:
-        raise _refusal(found, wanted=wanted)
-
-
 def _name(module: object) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _refusal(found: str, *, wanted: str = "modules with an exact counterpart in the network", do: str = "Use a model of a family that is read.") -> Refused:
-    return Refused(found, wanted=wanted, do=do)

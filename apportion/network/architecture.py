@@ -88,6 +88,8 @@ class Architecture:
     position_groups: int = 1
     relative_range: int = 128  # distance from which on all share the last bucket
     relative_gate: bool = False  # each query says how much of the bias by distance it lets in (WavLM)
+    content_to_position: bool = False  # each query has a score of its own for each bucket of distance (DeBERTa); `relative_range` 0: one for each distance
+    position_to_content: bool = False  # so has each key
 
     @property
     def tokens(self) -> int:

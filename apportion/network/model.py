@@ -120,6 +120,7 @@ class Block(nn.Module):
         super().__init__()
         linear = find("weight", "dense")
         channels, everywhere = a.dim // a.heads, index % a.global_every == 0
+        disentangled = a.content_to_position or a.position_to_content
 
         def inner(wanted: bool) -> nn.Module:
             return layer_norm(a, channels) if wanted else nn.Identity()
@@ -141,7 +142,7 @@ class Block(nn.Module):
             key_norm=inner(a.qk_norm),
             rotary=a.rotary if everywhere else a.rotary_local,
             window=0 if everywhere else a.window,
-            relative=a.relative_buckets,
+            relative=0 if disentangled else a.relative_buckets,
             relative_range=a.relative_range,
             gate=Gate(a.heads, linear(a.dim, 2 * a.heads)) if a.relative_gate else None,
             grid=a.grid,
@@ -149,6 +150,15 @@ class Block(nn.Module):
             step=a.rotary_step,
             norm=nested(a.mixer_norm, a.dim),
         )
+        if disentangled:
+            self.mixer = find("mixer", "disentangled")(
+                self.mixer,
+                relative=a.relative_buckets,
+                relative_range=a.relative_range,
+                length=a.length,
+                content_to_position=a.content_to_position,
+                position_to_content=a.position_to_content,
+            )
         self.reducer = find("reducer", "keep_all")()
         self.ffn = find("ffn", "dense")(
             up=linear(a.dim, a.hidden, bias=a.ffn_bias),

@@ -21,30 +21,29 @@ GMACS = torch.tensor([1.0, 2.0, 3.0, 4.0])
 
 
 class Station(nn.Module):
-    """Leaves where the first feature is small beside the budget; what it holds of the sample is never mixed, so neighbours stay far apart."""
+    """Sure where the first feature is small; what it holds of the sample is never mixed, so neighbours stay far apart."""
 
     def __init__(self, place: int, classes: int = CLASSES) -> None:
         super().__init__()
         self.place, self.layer, self.head = place, nn.Linear(DIM, DIM), nn.Linear(DIM, classes)
 
-    def forward(self, given: Tensor | Tokens, budget: Tensor, cap: Tensor) -> tuple[Tokens, Tensor, Tensor]:
+    def forward(self, given: Tensor | Tokens) -> tuple[Tokens, Tensor, Tensor]:
         tokens = given if isinstance(given, tuple) else Tokens(given, given.new_ones(given.shape[:2]), torch.arange(TOKENS).expand(len(given), -1), 1)
         first = tokens.x[:, 0, :1]
         x = tokens.x + self.layer(tokens.x).tanh()
         x = torch.cat((torch.cat((first[:, None], x[:, :1, 1:]), 2), x[:, 1:]), 1)
-        return tokens._replace(x=x), self.head(x.mean(1)), first[:, 0].abs() * budget < (self.place + 1) / STATIONS
+        return tokens._replace(x=x), self.head(x.mean(1)), (self.place + 1) / STATIONS - first[:, 0].abs()
 
 
-class Last(Station):
-    def forward(self, given: Tensor | Tokens, *limits: Tensor) -> tuple[Tokens, Tensor]:
-        tokens, logits, _ = super().forward(given, torch.ones(()), torch.ones(()))
-        return tokens, logits
+def limits(budget: float, cap: float) -> list[float]:
+    """With more budget a sample has to be surer."""
+    return [place / STATIONS * (1 - 1 / budget) if budget else -math.inf for place in range(1, STATIONS)]
 
 
 def relay(*, make: Build = build, buckets: tuple[int, ...] = BUCKETS, classes: int = CLASSES) -> Relay:
     torch.manual_seed(0)
-    stations = [*(Station(place) for place in range(STATIONS - 1)), Last(STATIONS - 1, classes)]
-    return Relay(stations=stations, gmacs=GMACS, buckets=buckets, backend="eager", input_shape=(TOKENS, DIM), make=make)
+    stations = [*(Station(place) for place in range(STATIONS - 1)), Station(STATIONS - 1, classes)]
+    return Relay(stations=stations, limits=limits, gmacs=GMACS, buckets=buckets, backend="eager", input_shape=(TOKENS, DIM), make=make)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +65,8 @@ def naive(made: Relay, inputs: Tensor, budget: float) -> tuple[Tensor, Tensor]:
     for one in inputs.split(1):
         given: Tensor | Tokens = one
         for place in range(STATIONS):
-            given, said, *leaves = made._table.modules[f"station {place}"](given, torch.tensor(budget), torch.tensor(math.inf))
-            if not leaves or bool(leaves[0]):
+            given, said, sure = made._table.modules[f"station {place}"](given)
+            if place == STATIONS - 1 or bool(sure[0] >= limits(budget, math.inf)[place]):
                 break
         logits.append(said)
         path.append(place)
@@ -120,6 +119,14 @@ def test_a_forced_rung_is_taken_by_all(warm: Relay) -> None:
         warm.forced(inputs, STATIONS)
 
 
+def test_every_answer_at_once_is_that_of_each_rung(warm: Relay) -> None:
+    inputs = samples(21)
+    every = warm.every(inputs)
+    assert every.shape == (21, STATIONS, CLASSES)
+    for rung in range(STATIONS):
+        torch.testing.assert_close(every[:, rung], warm.forced(inputs, rung).logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("wrong", [samples(2)[:, :4], samples(2).double(), samples(0), samples(2)[0]])
 def test_wrong_inputs_are_refused_by_what_they_are(warm: Relay, wrong: Tensor) -> None:
     with pytest.raises(EngineError, match=r"wanted \(b, 5, 8\)"):
@@ -133,9 +140,9 @@ def test_what_makes_no_sense_is_refused(warm: Relay) -> None:
         warm(samples(1), budget=float("nan"))
     with pytest.raises(EngineError, match=r"\(3,\), \(4,\)"):
         relay(classes=4).warm()
-    for stations, gmacs in (([Last(0)], GMACS[:1]), ([Station(0), Last(1)], GMACS)):
+    for stations, gmacs in (([Station(0)], GMACS[:1]), ([Station(0), Station(1)], GMACS)):
         with pytest.raises(EngineError, match="at least two"):
-            Relay(stations=stations, gmacs=gmacs, input_shape=(TOKENS, DIM))
+            Relay(stations=stations, limits=limits, gmacs=gmacs, input_shape=(TOKENS, DIM))
 
 
 @pytest.mark.slow
@@ -143,9 +150,13 @@ def test_what_makes_no_sense_is_refused(warm: Relay) -> None:
 def test_every_back_end_sends_them_the_same_way(backend: str) -> None:
     pytest.importorskip(backend) if backend != "inductor" else torch._dynamo.reset()
     torch.manual_seed(0)
-    stations = [Station(0), Station(1), Last(2)]
-    made = Relay(stations=stations, gmacs=GMACS[:3], buckets=(1, 4), backend=backend, input_shape=(TOKENS, DIM))  # pyright: ignore
-    other = Relay(stations=stations, gmacs=GMACS[:3], buckets=(1, 4), backend="eager", input_shape=(TOKENS, DIM), make=plain)
+    stations = [Station(0), Station(1), Station(2)]
+
+    def fewer(budget: float, cap: float) -> list[float]:
+        return limits(budget, cap)[:2]
+
+    made = Relay(stations=stations, limits=fewer, gmacs=GMACS[:3], buckets=(1, 4), backend=backend, input_shape=(TOKENS, DIM))  # pyright: ignore
+    other = Relay(stations=stations, limits=fewer, gmacs=GMACS[:3], buckets=(1, 4), backend="eager", input_shape=(TOKENS, DIM), make=plain)
     assert made.warm() == 6 == other.warm()
     inputs = samples(23)
     found, wanted = made(inputs, budget=0.8), other(inputs, budget=0.8)

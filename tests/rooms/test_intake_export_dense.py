@@ -90,8 +90,9 @@ def test_a_uniform_path_loads_into_the_class_as_it_is_made():
 def test_texts_come_back_too(name):
     source = text.tiny(name)
     network = read_text(source)
-    if name == "Ernie":
-        with pytest.raises(Refused, match=r"tokeniser\.kind, which is read from several"):
+    refused = {"Ernie": r"tokeniser\.kind, which is read from several", "Albert": "which several blocks share", "Deberta": "found", "DebertaV2": "found"}
+    if name in refused:
+        with pytest.raises(Refused, match=refused[name]):
             export_dense(network, source)
         return
     state = export_dense(network, source)

@@ -13,8 +13,11 @@ from apportion.intake import _torchvision
 from apportion.intake.read import read_model
 from apportion.intake.texts import Tokenise
 from apportion.intake.verify import verify
+from apportion.methods import ops
+from apportion.methods.mixer import disentangled
 from apportion.methods.mixer.attention import bucket
 from apportion.network import put
+from apportion.vocab import Choice
 from tests.conftest import PLAN
 
 _torchvision.ready()
@@ -24,6 +27,7 @@ from apportion.intake.hf_text import Answering, describe, examples, labels, read
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 SHAPE = {"vocab_size": 60, "max_position_embeddings": 60, "num_labels": 3, "initializer_range": 0.2}
+DISTANCES = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0}
 SPECIAL: dict[str, dict] = {
     "DistilBert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48},
     "Electra": {"embedding_size": 16},
@@ -32,6 +36,9 @@ SPECIAL: dict[str, dict] = {
     "Ernie": {"use_task_id": True, "task_type_vocab_size": 3},
     **{name: {"pad_token_id": 1, "type_vocab_size": 1} for name in ("Roberta", "XLMRoberta", "Camembert", "Data2VecText")},
     "MPNet": {"pad_token_id": 1},
+    "Albert": {"embedding_size": 16},
+    "Deberta": DISTANCES,
+    "DebertaV2": {**DISTANCES, "position_buckets": 16, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
 }
 
 
@@ -67,6 +74,46 @@ def test_other_heads_and_flavours(name):
         assert compared(tiny(name, hidden_act="gelu_new")).max_abs < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Albert", {"num_hidden_groups": 2, "inner_group_num": 2, "hidden_act": "gelu"}),
+        ("Albert", {"num_hidden_layers": 5, "num_hidden_groups": 3}),
+        ("Deberta", {"max_relative_positions": 12, "pos_att_type": "c2p", "pooler_hidden_act": "tanh"}),
+        ("DebertaV2", {"share_att_key": False, "norm_rel_ebd": "none", "type_vocab_size": 2, "position_biased_input": True}),
+        ("DebertaV2", {"position_buckets": -1, "max_relative_positions": 20, "pos_att_type": "p2c"}),
+        ("DebertaV2", {"position_buckets": 9, "max_relative_positions": 40, "pos_att_type": "c2p", "pooler_hidden_act": "gelu_new"}),
+    ],
+)
+def test_shared_blocks_and_scores_by_distance(name, options):
+    assert compared(tiny(name, **options)).max_abs < 1e-5
+    pooling = "pooler" if name == "Albert" else "class_token"
+    assert compared(tiny(name, "Model", **options), pooling=pooling, length=20).max_abs < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Albert", "Deberta", "DebertaV2"])
+def test_merging_tokens_leaves_each_text_its_own_answer(name):
+    source = tiny(name, max_position_embeddings=24)
+    network = read_text(source)
+    put(network, Choice("reducer", "tome"))
+    made = Answering(source)
+    verify(made, network, *examples(network.architecture), reread=lambda made: read_text(made.model), batches=(1, 3, 17))
+    path, ids = network.space.path(tokens=(18, 14, 9)), examples(network.architecture)[1]
+    alone = torch.cat([network(row[row != 0][None], path) for row in ids])
+    assert torch.allclose(network(ids, path), alone, atol=1e-5)
+    assert torch.allclose(network(ids.flip(0), path).flip(0), alone, atol=1e-5)
+    assert not torch.allclose(network(ids, network.space.full), alone, atol=1e-2)
+
+
+def test_a_place_is_counted_without_the_padding(monkeypatch):
+    network = read_text(tiny("DebertaV2"))
+    ids = torch.tensor([[5, 0, 0, 7, 9, 0, 11]])
+    alone = network(ids[ids != 0][None], network.space.full)
+    assert torch.allclose(network(ids, network.space.full), alone, atol=1e-5)
+    monkeypatch.setattr(ops, "positions", lambda tokens: tokens.origin[:, :-1].argsort())
+    assert not torch.allclose(network(ids, network.space.full), alone, atol=1e-3), "the places of a padded text"
+
+
 def test_what_the_families_look_like():
     bert, roberta, electra, modern = (describe(tiny(name)) for name in ("Bert", "Roberta", "Electra", "ModernBert"))
     assert bert.position_offset == 0 and bert.token_types == 2 and bert.prefix == 1 and bert.length == 60
@@ -74,6 +121,10 @@ def test_what_the_families_look_like():
     assert electra.embedding == 16 and electra.head_hidden == "gelu"
     assert modern.window == 5 and modern.global_every == 3 and modern.gated and modern.rotary == 160_000 and modern.rotary_local == 10_000
     assert describe(tiny("Bert", "Model"), pooling="mean").prefix == 0
+    albert, first, second = describe(tiny("Albert", inner_group_num=2)), describe(tiny("Deberta")), describe(tiny("DebertaV2"))
+    assert albert.depth == 6 and albert.embedding == 16 and albert.activation == "gelu_tanh" and albert.head_hidden == "tanh"
+    assert (first.relative_buckets, first.relative_range, first.positions, first.token_types) == (120, 0, 0, 0) and first.head_hidden == "gelu"
+    assert (second.relative_buckets, second.relative_range) == (32, 60) and second.content_to_position and second.position_to_content
 
 
 def test_buckets_are_those_of_the_source():
@@ -83,10 +134,21 @@ def test_buckets_are_those_of_the_source():
     assert torch.equal(bucket(distance, 32), MPNetEncoder.relative_position_bucket(distance))
 
 
-@pytest.mark.parametrize("what", ["positions", "token types", "window", "order of heads", "padding"])
+@pytest.mark.parametrize(("side", "end"), [(256, 512), (16, 60), (9, 40), (32, 128), (2, 30), (3, 512)])
+def test_buckets_of_distances_are_those_of_the_source(side, end):
+    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
+    distance = torch.arange(1 - end, end)
+    assert torch.equal(disentangled.bucket(distance, 2 * side, end), make_log_bucket_position(distance, side, end).long().clamp(-side, side - 1))
+
+
+BY_DISTANCE = ["content to position", "position to content", "bucket", "sign"]
+
+
+@pytest.mark.parametrize("what", ["positions", "token types", "window", "order of heads", "padding", "order of groups", *BY_DISTANCE])
 def test_a_forgotten_part_shows(what):
-    name = {"window": "ModernBert"}.get(what, "Bert")
-    source = tiny(name)
+    name = {"window": "ModernBert", "order of groups": "Albert", **dict.fromkeys(BY_DISTANCE, "DebertaV2")}.get(what, "Bert")
+    source = tiny(name, **({"num_hidden_groups": 2} if name == "Albert" else {}))
 
     def forgetful(made):
         network = read_text(made.model)
@@ -99,6 +161,16 @@ def test_a_forgotten_part_shows(what):
                 network.blocks[1].mixer.window += 1
             elif what == "padding":
                 network.tokeniser.padding = -1
+            elif what == "order of groups":
+                network.blocks = nn.ModuleList(reversed(network.blocks))
+            elif what in BY_DISTANCE:
+                mixer = network.blocks[1].mixer
+                if what == "bucket":
+                    mixer.relative_range -= 4
+                elif what == "sign":
+                    mixer.position_query.copy_(mixer.position_query.flip(-1))
+                else:
+                    (mixer.position_key if what == "content to position" else mixer.position_query).zero_()
             else:
                 network.blocks[0].mixer.proj.permute(inp=torch.arange(32).roll(8))
         return network
@@ -118,6 +190,15 @@ def test_a_forgotten_part_shows(what):
         ("MPNet", {"pad_token_id": 2}, "pad_token_id 2"),
         ("ModernBert", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, "layer_types"),
         ("Bert", {"position_embedding_type": "relative_key"}, "relative_key"),
+        ("Albert", {"embedding_size": 32}, "embedding_hidden_mapping_in"),
+        ("Deberta", {"talking_head": True}, "head_logits_proj"),
+        ("Deberta", {"relative_attention": False}, "relative_attention False"),
+        ("DebertaV2", {"pos_att_type": None}, r"of \[\]"),
+        ("DebertaV2", {"pos_att_type": ["c2p", "p2p"]}, "p2p"),
+        ("DebertaV2", {"conv_kernel_size": 3}, "conv_kernel_size 3"),
+        ("DebertaV2", {"embedding_size": 16}, "embedding_size 16"),
+        ("DebertaV2", {"attention_head_size": 16}, "attention_head_size 16"),
+        ("DebertaV2", {"position_buckets": 1}, "position_buckets 1"),
     ],
 )
 def test_what_cannot_be_read_exactly_is_named(name, options, what):
@@ -130,8 +211,7 @@ def test_what_cannot_be_read_exactly_is_named(name, options, what):
     [
         ("Bert", "ForTokenClassification", "an answer for each token"),
         ("Roberta", "ForMaskedLM", "language-model"),
-        ("Albert", CLASSIFIES, "every layer shares"),
-        ("DebertaV2", CLASSIFIES, "disentangled"),
+        ("DebertaV2", "ForQuestionAnswering", "an answer for each token"),
         ("MegatronBert", CLASSIFIES, "MegatronBert"),
     ],
 )
@@ -153,6 +233,8 @@ def test_changed_modules_are_refused():
         read_text(model)
     with pytest.raises(PlanError, match="pooling"):
         read_text(tiny("Bert", "Model"))
+    with pytest.raises(Refused, match=r"no pooler\.dense"):
+        read_text(tiny("DebertaV2", "Model"), pooling="pooler")
     with pytest.raises(PlanError, match="pooling"):
         read_text(tiny("Bert"), pooling="mean")
     with pytest.raises(PlanError, match="length 61"):
@@ -216,7 +298,7 @@ def test_folders_that_are_not_understood(tmp_path):
     for change, what in (
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
         ({"gating": True}, "gating"),
-        ({"architectures": ["AlbertModel"]}, "AlbertModel"),
+        ({"architectures": ["MegatronBertModel"]}, "MegatronBertModel"),
         ({"num_hidden_layers": 4}, r"missing bert\.encoder\.layer\.3"),
         ({"num_hidden_layers": 2}, r"unexpected bert\.encoder\.layer\.2"),
         ({"position_embedding_type": "relative_key"}, "relative_key"),
