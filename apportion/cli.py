@@ -186,12 +186,13 @@ def run(
     budget: Annotated[str | None, typer.Option(help="0.5x, 12ms or 2GMACs per input; with < before it, a cap.")] = None,
     columns: Columns = None,
     backend: BackendName = "eager",
+    cache: Annotated[File | None, typer.Option(help="A folder in which OpenVINO and ONNX Runtime keep converted graphs for the next start.")] = None,
     as_json: Json = False,
 ) -> None:
     """Label, path and cost of each picture, recording or text. One that cannot be read is named, the others are answered, and the exit code is 5."""
     from apportion import verbs
 
-    rows, skipped = verbs.run(folder, inputs, budget=budget, columns=named(columns), backend=verbs.backend(backend))
+    rows, skipped = verbs.run(folder, inputs, budget=budget, columns=named(columns), backend=verbs.backend(backend), cache=cache)
     found = {"answers": rows, "skipped": [{"file": file, "why": why} for file, why in skipped]}
     lines = [[row["file"], row["label"], f"{row['probability']:.3f}", row["path"], f"{row['gmacs']:.4f}"] for row in rows]
     show(found, lambda: grid(str(folder), ["file", "label", "probability", "path", "GMACs"], lines), as_json)

@@ -184,10 +184,16 @@ def demo(out: str | File, *, epochs: float = 20.0, backend: Backend = "inductor"
 
 
 def run(
-    folder: str | File, inputs: Sequence[str | File], *, budget: str | None = None, columns: Mapping[str, str] | None = None, backend: Backend = "eager"
+    folder: str | File,
+    inputs: Sequence[str | File],
+    *,
+    budget: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    backend: Backend = "eager",
+    cache: File | None = None,
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Label, probability, path and GMACs of each picture or recording in files and folders, or each text, and what could not be read, with the reason."""
-    adapted, rows, skipped = load(folder, backend=backend), list[dict[str, Any]](), list[tuple[str, str]]()
+    adapted, rows, skipped = load(folder, backend=backend, cache=cache), list[dict[str, Any]](), list[tuple[str, str]]()
     given = opened(inputs, adapted.bundle.preprocess, columns)
     while part := list(islice(given, BATCH)):
         skipped += [(name, why) for name, _, why in part if why]

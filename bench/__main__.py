@@ -60,6 +60,14 @@ def control(data: Data, runs: File = File("runs/cifar")) -> None:
 
 
 @app.command()
+def checkpoints(data: Data, runs: File = File("runs/cifar"), texts: File = File("runs/text")) -> None:
+    """Thresholds at every exit beside one decision after a glance, and thresholds that were placed elsewhere."""
+    from bench import checkpoints as bench
+
+    bench.main(data, runs, texts)
+
+
+@app.command()
 def joint(data: Data, runs: File = File("runs/cifar")) -> None:
     """Network and policy taught together, on the networks that `cifar` trained."""
     from bench import joint as bench

@@ -12,8 +12,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path as File
 
-import torch
-
 from apportion import verbs
 from apportion.intake import Listen, Source
 from apportion.network import Architecture, put
@@ -63,4 +61,4 @@ def main(data: File, runs: File, *, repeats: int = 30) -> None:
     source = Source(network, feed, parts.teach.classes, None, {"source": "bench audio", "trained_on": "fsdd"})
     found = compare(PLANS, network, reference, parts, source, runs, repeats=repeats, tell=tell)
     trained = {"dense": asdict(TRAINING), "healing": asdict(HEALING)}
-    results.write("audio", "python -m bench audio --data FOLDER", {"runs": found, "recipes": trained, "threads": torch.get_num_threads()})
+    results.write("audio", "python -m bench audio --data FOLDER", {"runs": {"fsdd": found}, "recipes": trained})

@@ -165,7 +165,9 @@ def read(name: str, result: dict[str, Any]) -> Iterator[str]:
         drop = [seed["figures"]["drop_points"]["points"] for seed in result["seeds"]]
         yield f"| {name}, mean | | | {statistics.mean(drop):.2f} | {100 * statistics.mean(saved):.1f} % | | | |"
     for run, found in result.get("runs", {}).items():
-        yield row(f"{name}, {run.replace('_', ' ')}", found["figures"])
+        plans = {"": found} if "figures" in found else {f", {plan}": part for plan, part in found.items() if isinstance(part, dict) and "figures" in part}
+        for plan, part in plans.items():
+            yield row(f"{name}, {run.replace('_', ' ')}{plan}", part["figures"])
 
 
 def row(name: str, figures: dict[str, Any]) -> str:

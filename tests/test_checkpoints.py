@@ -15,7 +15,8 @@ from apportion import verbs
 from apportion.control import Cascade
 from apportion.deliver.adapted import load
 from apportion.deliver.costs import rung_macs
-from apportion.errors import ControlError, PlanError
+from apportion.errors import ControlError, EngineError, PlanError
+from apportion.intake import Preprocess
 from apportion.measure.macs import executed_macs
 from apportion.methods import ops
 from apportion.vocab import Choice, Plan
@@ -95,3 +96,23 @@ def test_where_every_block_runs_there_is_nothing_to_leave(tmp_path: File) -> Non
     plan = replace(PLAN, choices=(Choice("ffn", "matformer"),))
     with pytest.raises(ControlError, match="whose blocks all run"):
         eager(small(), painted(tmp_path, 40, labels=True), plan=plan)
+
+
+@pytest.mark.slow
+def test_what_rounds_is_measured_through_its_own_graphs(tmp_path: File) -> None:
+    """Products in 8 bits answer otherwise than the modules: the tables are those of the graphs that serve, to the last sample."""
+    pytest.importorskip("onnxruntime")
+    data, network = painted(tmp_path / "data", 40, labels=True), small()
+    int8 = {"preprocess": Preprocess(32, (0.5,) * 3, (0.25,) * 3), "backend": "onnxruntime-int8", "repeats": 2}
+    with pytest.raises(PlanError, match='control = "checkpoints"'):
+        verbs.adapt(small(), str(data), plan=replace(PLAN, control="glance"), buckets=(1,), **int8)  # pyright: ignore
+    with pytest.raises(EngineError, match="one sample at a time"):
+        verbs.adapt(small(), str(data), plan=PLAN, buckets=(1, 4), **int8)  # pyright: ignore
+    weighed = verbs.adapt(network, str(data), plan=PLAN, buckets=(1,), **int8)  # pyright: ignore
+    adapted, figures = weighed.adapted, weighed.figures
+    assert figures["served"] == {"same_path": 1.0, "accuracy": figures["accuracy_adaptive"]}
+    inputs = adapted.bundle.preprocess([Image.open(file) for file in sorted(data.rglob("*.png"))[:9]])
+    whole = adapted(inputs, 1.0).logits
+    far = (whole - adapted.bundle.network(inputs, adapted.bundle.ladder.paths[-1])).abs().max() / whole.abs().max()
+    assert 1e-5 < far < 0.2  # rounded, and still the same function
+    torch.testing.assert_close(torch.cat([adapted(row[None], 1.0).logits for row in inputs]), whole, rtol=0, atol=0)  # alone as in company

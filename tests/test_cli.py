@@ -228,7 +228,7 @@ def test_the_whole_way(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = weighed.adapted(pixels), model(pixels)
     assert torch.equal(first.path, second.path)
     torch.testing.assert_close(first.logits, second.logits)
-    monkeypatch.setattr(verbs, "load", lambda folder, *, backend, buckets=None: model)
+    monkeypatch.setattr(verbs, "load", lambda folder, **options: model)
     assert len(json.loads(shell("run", out, data / "red", "--json").stdout)["answers"]) == 40
     # What the controller charges is what the engine reports.
     gmacs = torch.tensor([rung.gmacs for rung in model.bundle.rungs])

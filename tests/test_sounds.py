@@ -77,16 +77,14 @@ def test_the_whole_way(tmp_path: File, monkeypatch: pytest.MonkeyPatch, name: st
     assert 0 < weighed.figures["gmacs_adaptive"] < weighed.figures["gmacs_dense"] and "model(recordings)" in (out / "README.md").read_text()
     again = load(out, backend="eager", buckets=(1, 4))
     source, feed = again.bundle.provenance["source"], again.bundle.preprocess
-    assert (
-        isinstance(feed, Listen) and ("attention_mask" in source) == (name == "Wav2Vec2") and again.bundle.classes == ("high", "low", "mid")
-    )
+    assert isinstance(feed, Listen) and ("attention_mask" in source) == (name == "Wav2Vec2") and again.bundle.classes == ("high", "low", "mid")
     files = sorted((data / "test").rglob("[0-9].wav"))[:7]
     raw = [(torch.frombuffer(bytearray(file.read_bytes()[44:]), dtype=torch.int16), RATE) for file in files]
     answers = [weighed.adapted(files), again(files), again(raw), again(again.bundle.preprocess(files))]
     for answer in answers[1:]:
         assert torch.equal(answer.path, answers[0].path)
         torch.testing.assert_close(answer.logits, answers[0].logits, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(verbs, "load", lambda folder, *, backend: again)
+    monkeypatch.setattr(verbs, "load", lambda folder, **options: again)
     found = shell("run", out, data / "test" / "low", "--json")
     shown = json.loads(found.stdout)
     assert found.exit_code == 5 and len(shown["answers"]) == 70 and [row["file"][-8:] for row in shown["skipped"]] == ["torn.wav"]

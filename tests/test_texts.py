@@ -52,7 +52,7 @@ def test_the_whole_way(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = weighed.adapted(some), model(some)
     assert torch.equal(first.path, second.path) and model.bundle.classes == ("bad", "good")
     torch.testing.assert_close(first.logits, second.logits)
-    monkeypatch.setattr(verbs, "load", lambda folder, *, backend: model)
+    monkeypatch.setattr(verbs, "load", lambda folder, **options: model)
     found = shell("run", out, "a good film", data, "--columns", "text=sentence", "--json")
     answers = json.loads(found.stdout)
     assert found.exit_code == 5 and len(answers["answers"]) == 541 and answers["skipped"] == [{"file": f"{data}, line 541", "why": "an empty text"}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path as File
 from typing import Any, final
@@ -106,12 +107,20 @@ class Adapted:
     The first call builds every graph, unless `warm` did; none is built after that.
     """
 
-    def __init__(self, bundle: Bundle, *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32), engine: Routed | Lengths | None = None) -> None:
-        """`engine`: one that was built for this very bundle and is to be used again."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        backend: Backend = "inductor",
+        buckets: Sequence[int] = (1, 8, 32),
+        engine: Routed | Lengths | None = None,
+        cache: File | None = None,
+    ) -> None:
+        """`engine`: one that was built for this very bundle and is to be used again. `cache`: a folder that keeps converted graphs for the next start."""
         self.bundle, self.buckets = bundle, tuple(buckets)
         self.backend: Backend = backend
         self.ledger = Ledger.of(bundle)
-        self.engine = engine or self.built(backend)
+        self.engine = engine or self.built(backend, make=partial(build, cache=cache))
 
     def built(self, backend: Backend, *, make: Build = build) -> Routed | Lengths:
         """A fresh engine of this bundle, its graphs still to be made."""
@@ -194,9 +203,15 @@ class Adapted:
         disk.save(self.bundle, File(folder), extra=extra)
 
 
-def load(folder: str | os.PathLike[str], *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32)) -> Adapted:
-    """The model that `Adapted.save` wrote. Raises BundleError where it is not whole."""
-    return Adapted(disk.load(File(folder)), backend=backend, buckets=buckets)
+def load(
+    folder: str | os.PathLike[str], *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32), cache: str | os.PathLike[str] | None = None
+) -> Adapted:
+    """The model that `Adapted.save` wrote. `cache`: a folder in which OpenVINO and ONNX Runtime keep what they converted, so that the next start is quick.
+
+    Raises BundleError where the bundle is not whole, and NoEffect for a cache with a back-end that would not use it.
+    """
+    where = None if cache is None else File(cache)
+    return Adapted(disk.load(File(folder)), backend=backend, buckets=buckets, cache=where)
 
 
 __all__ = ["Adapted", "Decide", "Place", "load"]

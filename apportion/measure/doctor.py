@@ -46,7 +46,7 @@ def _seconds(square: torch.Tensor) -> float:
 
 
 def _facts() -> dict[str, Any]:
-    """What stays the same from run to run on one machine."""
+    """What stays the same from run to run on one machine with as many threads."""
     return {
         "cpu": cpu_name(),
         "architecture": platform.machine(),
@@ -54,11 +54,12 @@ def _facts() -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
     }
 
 
 def fingerprint() -> str:
-    """Twelve hex digits that name this device and torch version: a table measured under another name does not hold here."""
+    """Twelve hex digits that name this device, its threads in use and torch's version: a table measured under another name does not hold here."""
     return hashlib.sha256(repr(sorted(_facts().items())).encode()).hexdigest()[:12]
 
 
@@ -70,7 +71,6 @@ def device() -> dict[str, Any]:
     where = "cuda" if torch.cuda.is_available() else "cpu"
     facts = {
         **_facts(),
-        "threads": torch.get_num_threads(),
         "measured_on": where,
         "matmul_gflops": {name: matmul_gflops(dtype, device=where) for name, dtype in DTYPES.items()},
         "fingerprint": fingerprint(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path as File
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 
 from apportion.deliver import Adapted
-from apportion.errors import BundleError, DataError, EngineError, PlanError
+from apportion.deliver.adapted import load
+from apportion.errors import BundleError, DataError, EngineError, NoEffect, PlanError
 from apportion.measure.doctor import fingerprint
 from apportion.vocab import Answer, Budget
 from tests.rooms.test_deliver_bundle import made_up_bundle
@@ -170,3 +172,18 @@ def test_no_graph_is_built_after_the_first(model: Adapted, pixels: np.ndarray, c
     for count in (1, 2, 3, 4, 5, 11):
         for budget in (None, "0.8x", "<0.9x"):
             assert len(model(pixels[:count], budget).path) == count
+
+
+@pytest.mark.slow
+def test_a_second_start_finds_its_graphs_again(tmp_path: File, pixels: np.ndarray) -> None:
+    pytest.importorskip("openvino")
+    made_up = Adapted(replace(made_up_bundle(), costs={}), backend="eager", buckets=(1, 4))
+    made_up.save(tmp_path / "bundle")
+    first = load(tmp_path / "bundle", backend="openvino", buckets=(1, 4), cache=tmp_path / "cache")
+    wanted = first(pixels)
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    second = load(tmp_path / "bundle", backend="openvino", buckets=(1, 4), cache=tmp_path / "cache")
+    equal(second(pixels), wanted)
+    assert kept and {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == kept
+    with pytest.raises(NoEffect, match="cache"):
+        load(tmp_path / "bundle", backend="eager", cache=tmp_path / "cache").warm()
