@@ -59,6 +59,25 @@ REFUSED_TEXT = {
 }
 
 
+CONVOLVED = {"conv_dim": [12, 16, 16], "conv_kernel": [10, 3, 2], "conv_stride": [5, 2, 2], "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
+WAVE = {**TEXT, **CONVOLVED, "num_labels": 3, "initializer_range": 0.2, "classifier_proj_size": 20}
+LARGE = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
+HALVES = {f"{side}_{part}": size for side in ("encoder", "decoder") for part, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}
+SOUND: dict[str, dict[str, Any]] = {
+    "AST": {**TEXT, "patch_size": 4, "frequency_stride": 3, "time_stride": 2, "max_length": 21, "num_mel_bins": 12, "num_labels": 3},
+    "Whisper": {"d_model": 32, **HALVES, "max_source_positions": 20, "num_mel_bins": 8, "classifier_proj_size": 20, "vocab_size": 60, "num_labels": 3}
+    | {"decoder_start_token_id": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "WavLM": {**WAVE, "num_buckets": 16, "max_bucket_distance": 12},
+}
+REFUSED_SOUND = {
+    **dict.fromkeys(("Wav2Vec2Conformer", "Data2VecAudio", "SEW", "Wav2Vec2Bert"), "ForSequenceClassification"),
+    "Wav2Vec2": "ForCTC",
+    "Hubert": "ForCTC",
+    "WavLM": "ForXVector",
+    "Whisper": "ForConditionalGeneration",
+}
+
+
 class Row(NamedTuple):
     name: str
     kind: str  # the class
@@ -134,8 +153,45 @@ def text_rows() -> Iterator[Row]:
         yield text_row(name, kind)
 
 
+def sound_row(name: str, kind: str, pooling: Any = None, **options: Any) -> Row:
+    """One class of transformers that hears."""
+    _torchvision.ready()
+    import transformers
+
+    from apportion.intake.hf_audio import Answering, examples, read_audio
+    from apportion.intake.hf_audio_families import FAMILIES
+
+    torch.manual_seed(0)
+    if name in FAMILIES and kind in ("Model", FAMILIES[name].classifies):
+        model = getattr(transformers, f"{name}{kind}")(getattr(transformers, f"{name}Config")(**{**SOUND.get(name, WAVE), **options})).eval()
+    else:
+        with torch.device("meta"):
+            model = getattr(transformers, f"{name}{kind}")(getattr(transformers, f"{name}Config")())
+
+    def tried() -> Verified:
+        how = {"pooling": pooling, "length": None if name in ("AST", "Whisper") else 640}
+        network = read_audio(model, **how)
+        again = lambda made: read_audio(made.get_submodule("model"), **how)  # noqa: E731
+        return verify(Answering(model, pooling), network, *examples(network.architecture), reread=again, batches=BATCHES)
+
+    how = f"{', large' if options else ''}{'' if pooling is None else f', {pooling}'}"
+    return _row(f"{name}{kind}{how}", model, tried)
+
+
+def sound_rows() -> Iterator[Row]:
+    from apportion.intake.hf_audio_families import FAMILIES
+
+    for name, family in FAMILIES.items():
+        yield sound_row(name, family.classifies)
+        yield sound_row(name, "Model", "mean")
+    for name in ("Wav2Vec2", "Hubert", "WavLM"):
+        yield sound_row(name, "ForSequenceClassification", **LARGE)
+    for name, kind in REFUSED_SOUND.items():
+        yield sound_row(name, kind)
+
+
 def page() -> str:
-    """docs/models.md, made anew: some 110 small models, about a minute on one core."""
+    """docs/models.md, made anew: some 130 small models, about a minute on one core."""
     _torchvision.ready()
     import timm
     import transformers
@@ -154,6 +210,7 @@ def page() -> str:
         "",
         *_table("timm: images", images),
         *_table("transformers: texts", texts),
+        *_table("transformers: sound", list(sound_rows())),
     ]
     return "\n".join(lines)
 
