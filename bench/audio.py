@@ -18,7 +18,7 @@ from apportion.network import Architecture, put
 from apportion.train import Recipe, Sounds, fit, sandwich
 from apportion.vocab import Choice, Path, Plan, Space
 from bench import results
-from bench.plans import compare
+from bench.plans import Way, compare
 
 FEED = Listen("whisper", 8000, 100, bands=40, window=200, hop=80)
 SHAPE = Architecture(
@@ -26,10 +26,8 @@ SHAPE = Architecture(
 )
 GLANCE = 1
 CHOICES = (Choice("reducer", "tome"), Choice("depth", "skip"))
-PLANS = {
-    "glance": Plan(choices=CHOICES, glance=GLANCE, rungs=5, tolerance=0.3),
-    "checkpoints": Plan(choices=CHOICES, control="checkpoints", glance=GLANCE, rungs=5, tolerance=0.3),
-}
+PLAN = Plan(choices=CHOICES, glance=GLANCE, rungs=5, tolerance=0.3)
+WAYS = {"glance": Way(PLAN), "checkpoints": Way(replace(PLAN, control="checkpoints"))}
 TRAINING = Recipe(epochs=25, batch=32, learning_rate=1e-3, warmup=0.1, ema=0.99, crop_padding=0, weight_decay=0.05, label_smoothing=0.05)
 HEALING = Recipe(epochs=12, batch=32, learning_rate=5e-4, warmup=0.1, ema=0.99, crop_padding=0, weight_decay=0.05, seed=100)
 
@@ -59,6 +57,6 @@ def main(data: File, runs: File, *, repeats: int = 30) -> None:
     fit(network, Sounds(inputs, labels), sandwich(taught_paths(network.space), teacher=reference, feature_weight=0.1), recipe=HEALING, folder=runs / "healed")
     network.eval().requires_grad_(False)
     source = Source(network, feed, parts.teach.classes, None, {"source": "bench audio", "trained_on": "fsdd"})
-    found = compare(PLANS, network, reference, parts, source, runs, repeats=repeats, tell=tell)
+    found = compare(WAYS, network, reference, parts, source, runs, repeats=repeats, tell=tell)
     trained = {"dense": asdict(TRAINING), "healing": asdict(HEALING)}
     results.write("audio", "python -m bench audio --data FOLDER", {"runs": {"fsdd": found}, "recipes": trained})

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path as File
-from typing import Any
+from typing import Any, NamedTuple
 
 from apportion.deliver import deciding
 from apportion.deliver.weighing import weigh
+from apportion.engine import Backend
 from apportion.intake import Parts, Source
 from apportion.network import Network
 from apportion.vocab import Ladder, Plan
 
-BUCKETS = (1, 8, 32)
+
+class Way(NamedTuple):
+    """A plan, and what runs it."""
+
+    plan: Plan
+    backend: Backend = "openvino"
+    buckets: tuple[int, ...] = (1, 8, 32)
 
 
 def compare(
-    plans: Mapping[str, Plan], network: Network, reference: Network, parts: Parts, source: Source, runs: File, *, repeats: int, tell: Callable[[str], None]
+    ways: Mapping[str, Way], network: Network, reference: Network, parts: Parts, source: Source, runs: File, *, repeats: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Figures, rungs, frontier and times of each plan, against `reference`, on OpenVINO; a bundle of each in `runs`."""
+    """Figures, rungs, frontier and times of each way, against `reference`, timed on the same back-end; a bundle of each in `runs`."""
     dense_correct = deciding.outcomes(reference, Ladder((reference.space.full,), 0), parts.report, source.fed).correct[:, 0]
     found: dict[str, Any] = {}
-    for name, plan in plans.items():
+    for name, way in ways.items():
         tell(name)
-        adapted, seen = deciding.control(network, reference, parts, source, plan, backend="openvino", buckets=BUCKETS, tell=tell)
+        adapted, seen = deciding.control(network, reference, parts, source, way.plan, backend=way.backend, buckets=way.buckets, tell=tell)
         weighed = weigh(adapted, reference, parts.report, seen, dense_correct, repeats=repeats, tell=tell)
         weighed.adapted.save(runs / name, extra=weighed.files())
         bundle = weighed.adapted.bundle

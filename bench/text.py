@@ -20,14 +20,15 @@ from apportion.network import Network, put
 from apportion.train import Recipe, Texts, dense, fit, sandwich
 from apportion.vocab import Choice, Path, Plan, Space
 from bench import results
-from bench.plans import compare
+from bench.plans import Way, compare
 
 LENGTH = 64  # tokens: hardly a sentence here is longer
 SHARED = {"batch": 32, "warmup": 0.1, "ema": 0.99, "crop_padding": 0, "weight_decay": 0.01}
 FEATURE_WEIGHT = 0.1  # tokens of an early exit that had to look like the full path's own would hold it back
 GLANCE = 1
 PLAN = Plan(choices=(Choice("reducer", "tome"), Choice("depth", "skip")), glance=GLANCE, rungs=5, tolerance=0.3)
-PLANS = {"glance": PLAN, "checkpoints": replace(PLAN, control="checkpoints")}
+STOPS = replace(PLAN, control="checkpoints")
+WAYS = {"glance": Way(PLAN), "checkpoints": Way(STOPS), "checkpoints in 8 bits": Way(STOPS, "onnxruntime-int8", (1,))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,5 +101,5 @@ def one(source: Source, data: File, allowance: Allowance, runs: File, repeats: i
         print(f"{time.monotonic() - begin:7.1f} s  {text}", flush=True)
 
     fed = replace(source, network=network, provenance={**source.provenance, "fine_tuned_on": data.name})
-    found = compare(PLANS, network, reference, parts, fed, runs, repeats=repeats, tell=tell)
+    found = compare(WAYS, network, reference, parts, fed, runs, repeats=repeats, tell=tell)
     return {**found, "allowance": asdict(allowance), "training_seconds": trained}
