@@ -52,7 +52,7 @@ def warm(folder: File) -> Adapted:
 @pytest.fixture
 def quick(warm: Adapted, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundle with its graphs built already."""
-    monkeypatch.setattr(verbs, "load", lambda folder, *, backend: warm)
+    monkeypatch.setattr(verbs, "load", lambda folder, **options: warm)
 
 
 @pytest.fixture
