@@ -22,6 +22,7 @@ def main() -> None:
     write_atomic(ROOT / "docs" / "methods.md", shelf())
     write_atomic(ROOT / "docs" / "peers.md", peers())
     write_atomic(ROOT / "docs" / "systems.md", systems())
+    write_atomic(ROOT / "docs" / "checkpoints.md", checkpoints())
 
 
 def fill(page: File, name: str, made: str) -> None:
@@ -178,6 +179,35 @@ def row(name: str, figures: dict[str, Any]) -> str:
         f"| {drop['points']:.2f} ({drop['low']:.2f} to {drop['high']:.2f}) | {100 * figures['gmacs_saved_share']:.1f} % "
         f"| {gain['value']:.2f} ({gain['low']:.2f} to {gain['high']:.2f}) | {times[0]} | {times[-1]} |"
     )
+
+
+def checkpoints() -> str:
+    """`results/checkpoints.json` as a page: one decision, thresholds at every exit, and thresholds from elsewhere."""
+    found = json.loads((FOLDER / "checkpoints.json").read_text())
+    lines = [
+        "# Leaving when sure",
+        "",
+        "Made by `python -m bench tables` from `bench/results/checkpoints.json`. Each entry: accuracy in % at the mean cost that was spent, and points above",
+        "the static hull of the same exits at that cost (95 % interval). *One decision* is taken after the glance; *thresholds* stand at every exit, whose",
+        "answers are paid for; *thresholds of* others were placed on another network or on other data and are used as they are. " + machine(found),
+        "",
+    ]
+    for run, ways in found["runs"].items():
+        exits = ", ".join(f"{100 * exit['accuracy']:.2f} at {exit['cost']:.2f}" for exit in ways["exits"])
+        budgets = [row["budget"] for row in ways["thresholds"]]
+        lines += [f"## {run}", "", f"Exits, accuracy in % at their cost: {exits}.", ""]
+        lines += ["| | " + " | ".join(f"budget {budget:g}" for budget in budgets) + " |", "|---|" + "---|" * len(budgets)]
+        for way, rows in ways.items():
+            by = {row["budget"]: row for row in rows} if way != "exits" else {}
+            cells = [_spent(by[budget]) if budget in by else "" for budget in budgets]
+            lines += [f"| {way} | " + " | ".join(cells) + " |"] if by else []
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _spent(row: dict[str, Any]) -> str:
+    gain = row["gain_points"]
+    return f"{100 * row['accuracy']:.2f} at {row['cost']:.2f}; {gain['value']:+.2f} ({gain['low']:.2f} to {gain['high']:.2f})"
 
 
 def machine(found: dict[str, Any]) -> str:

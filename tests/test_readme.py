@@ -53,5 +53,9 @@ def test_page_of_peers_is_made_from_the_results():
     assert (ROOT / "docs" / "peers.md").read_text() == tables.peers()
 
 
+def test_page_of_checkpoints_is_made_from_the_results():
+    assert (ROOT / "docs" / "checkpoints.md").read_text() == tables.checkpoints()
+
+
 def test_page_of_systems_is_made_from_the_results():
     assert (ROOT / "docs" / "systems.md").read_text() == tables.systems()

@@ -25,7 +25,7 @@ class Reporter:
         self.progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} images/s"),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} samples/s"),
             TimeRemainingColumn(),
             console=self.console,
             auto_refresh=False,
@@ -55,4 +55,4 @@ class Reporter:
             self.progress.refresh()
         else:
             left_s = (self.steps - step) * self.batch / speed
-            self.console.print(f"step {step}/{self.steps}  loss {self.loss:.4f}  {speed:.0f} images/s  {left_s:.0f} s left", highlight=False, soft_wrap=True)
+            self.console.print(f"step {step}/{self.steps}  loss {self.loss:.4f}  {speed:.0f} samples/s  {left_s:.0f} s left", highlight=False, soft_wrap=True)
