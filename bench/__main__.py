@@ -1,4 +1,4 @@
-"""`python -m bench cifar|control|joint|deit|peers|text|perceiver|systems|models|tables|all --data FOLDER`: measure again what is committed under `results/`."""
+"""`python -m bench cifar|control|joint|deit|peers|text|perceiver|systems|reading|models|tables|all --data FOLDER`: measure again what lies in `results/`."""
 
 from __future__ import annotations
 
@@ -99,6 +99,14 @@ def systems(data: Data, model: Annotated[File, typer.Option(help="DeiT-Tiny's we
     from bench import systems as bench
 
     bench.main(data, model, repeats=repeats)
+
+
+@app.command()
+def reading() -> None:
+    """What reading a text model costs over loading it."""
+    from bench import reading as bench
+
+    bench.main()
 
 
 @app.command()

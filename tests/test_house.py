@@ -34,6 +34,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "transformers": ("intake/",),
     "torchvision": ("intake/",),
     "lightgbm": ("control/trees.py",),
+    "soundfile": ("intake/audio.py",),
+    "pyarrow": ("intake/parquet.py",),
     "openvino": ("engine/",),
     "onnxruntime": ("engine/",),
     "torch._dynamo": ("engine/compile.py",),

@@ -24,6 +24,7 @@ from apportion.network import Architecture, Network
 
 Pooling = Literal["mean", "class_token", "pooler"]
 LONGEST = 512  # tokens at which paths are stated, where the caller names no length
+LARGE = 10_000_000  # weights of the blocks from which a model is compared on shorter texts
 IDLE = {"position_ids", "token_type_ids"}  # buffers that old files hold
 
 
@@ -76,14 +77,18 @@ class Source:
         return f"{self.base}{self.family.block.format(group, inner)}."
 
 
-def read_text(model: nn.Module, *, length: int | None = None, pooling: Pooling | None = None, unit: bool = False) -> Network:
-    """A network with copies of the model's weights in float32, in evaluation mode. Raises Refused, naming what has no exact counterpart."""
+def read_text(model: nn.Module, *, length: int | None = None, pooling: Pooling | None = None, unit: bool = False, own: bool = True) -> Network:
+    """A network with copies of the model's weights in float32, in evaluation mode. Raises Refused, naming what has no exact counterpart.
+
+    Without `own`, for a network that is looked at and thrown away, weights that stay as they are look into the model's memory.
+    """
     family, base = _family(model, pooling)
     a = describe(model, length=length, pooling=pooling, unit=unit)
     with torch.device("meta"):
         network = Network(a)
     source = Source(model, family, base)
-    state = {name: _tensor(name, source, a).float().cpu().clone() for name in network.state_dict()}
+    seen = ((name, _tensor(name, source, a).float().cpu()) for name in network.state_dict())
+    state = {name: value.clone() if own else value for name, value in seen}
     unread = [name for name in source.left() if not (name.startswith(f"{base}pooler.") and pooling in ("mean", "class_token"))]
     if unread:
         raise refusal(f"{unread[0]}, which has no place in the network")
@@ -142,19 +147,24 @@ def describe(model: nn.Module, *, length: int | None = None, pooling: Pooling | 
 
 
 def examples(a: Architecture, *, seed: int = 0) -> list[Tensor]:
-    """Made-up texts for the equality test: without padding, with it, as pairs where the model tells them apart, and one that is as long as it can be."""
+    """Made-up texts for the equality test: without padding, with it, as pairs where the model tells them apart, and one that is as long as it can be.
+
+    The passes are nine tenths of what reading costs. So a large model has texts of 8 tokens instead of 24, and 3 instead of 17 without padding and as pairs:
+    far places and distances are tried by the longest text, and a batch of 17 by the padded texts, where rows differ in length too.
+    """
     generator = torch.Generator().manual_seed(seed)
-    n = min(a.length, 24)
+    large = a.depth * a.dim * (4 * a.dim + 2 * a.hidden) >= LARGE
+    n, few = min(a.length, 8 if large else 24), 3 if large else 17
 
     def ids(rows: int, tokens: int) -> Tensor:
         drawn = torch.randint(0, a.words - 1, (rows, tokens), generator=generator)
         return drawn + (drawn >= a.padding)
 
-    whole, cut = ids(17, n), ids(17, n)
+    whole, cut = ids(few, n), ids(17, n)
     lengths = torch.randint(1, n, (17, 1), generator=generator)
     cut[torch.arange(n) >= lengths] = a.padding
     kinds = torch.randint(0, max(a.token_types, 1), (17, n), generator=generator)
-    return [whole, cut, ids(1, a.length), *([torch.stack((cut, kinds), 1)] if a.token_types > 1 else [])]
+    return [whole, cut, ids(1, a.length), *([torch.stack((cut, kinds), 1)[:few]] if a.token_types > 1 else [])]
 
 
 def labels(model: nn.Module) -> tuple[str, ...] | None:
@@ -232,14 +242,14 @@ def _rows_by_head(leaf: str, block: str, source: Source, a: Architecture) -> Ten
     parts, channels = source.family.parts, a.dim // a.heads
     if "grouped" in parts and leaf == "weight":
         return source.take(f"{block}{parts['grouped']}.weight").unflatten(0, (a.heads, 3, channels))
+    if "fused" in parts:
+        return source.take(f"{block}{parts['fused']}.{leaf}").unflatten(0, (3, a.heads, channels)).transpose(0, 1)
     if "grouped" in parts:
         query, value = (source.take(block + parts[name]) for name in ("query", "value"))
-        fused = torch.cat((query, torch.zeros_like(query), value))
-    elif "fused" in parts:
-        fused = source.take(f"{block}{parts['fused']}.{leaf}")
+        each = query, torch.zeros_like(query), value
     else:
-        fused = torch.cat([source.take(f"{block}{parts[name]}.{leaf}") for name in ("query", "key", "value")])
-    return fused.unflatten(0, (3, a.heads, channels)).transpose(0, 1)
+        each = [source.take(f"{block}{parts[name]}.{leaf}") for name in ("query", "key", "value")]
+    return torch.stack([rows.unflatten(0, (a.heads, channels)) for rows in each], 1)
 
 
 def _by_distance(leaf: str, block: str, source: Source, a: Architecture) -> Tensor:

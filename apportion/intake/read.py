@@ -128,9 +128,8 @@ def _verified(source: nn.Module, preprocess: Preprocess | None, names: tuple[str
     if names is not None and len(names) != a.classes:
         raise DataError(f"{len(names)} class names for {a.classes} outputs", wanted="one name for each output", do="Correct label_names in config.json.")
     noise = torch.randn(3, a.channels, a.image_size, a.image_size, generator=torch.Generator().manual_seed(0))
-    figures = [verify(source, network, inputs, reread=read_vit) for inputs in (noise, example) if inputs is not None]
-    worst = Verified(max(f.max_abs for f in figures), max(f.max_rel for f in figures))
-    return Source(network, preprocess or _preprocess(source, a.image_size), names, worst, origin)
+    verified = verify(source, network, noise, *([] if example is None else [example]), reread=read_vit)
+    return Source(network, preprocess or _preprocess(source, a.image_size), names, verified, origin)
 
 
 def _of_transformers(model: str | File | nn.Module) -> bool:
@@ -161,15 +160,21 @@ def _transformers(
         source, tokenizer, extractor, origin = found.model, found.tokenizer, found.extractor, {"source": str(model), **found.facts, **origin}
         length, pooling, unit = found.length if length is None else length, pooling or found.pooling, unit or found.unit
     hears = hf_audio.hears(source)
-    room, read = (hf_audio, hf_audio.read_audio) if hears else (hf_text, hf_text.read_text)
-    network = read(source, length=length, pooling=pooling, unit=unit)
+    room = hf_audio if hears else hf_text
+
+    def read(made: nn.Module, own: bool) -> Network:
+        if hears:
+            return hf_audio.read_audio(made, length=length, pooling=pooling, unit=unit)
+        return hf_text.read_text(made, length=length, pooling=pooling, unit=unit, own=own)
+
+    network = read(source, own=True)
     a = network.architecture
     verified = verify(
         room.Answering(source, pooling, unit),
         network,
         *room.examples(a),
         *([] if example is None else [example]),
-        reread=lambda made: read(made.get_submodule("model"), length=length, pooling=pooling, unit=unit),
+        reread=lambda made: read(made.get_submodule("model"), own=False),
         batches=(1, 3, 17),
     )
     if feed is None and hears and extractor is not None:

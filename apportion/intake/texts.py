@@ -1,4 +1,4 @@
-"""Texts with labels, from .csv, .tsv or .jsonl files (also .gz) or from lists; what cannot be used is named, never dropped in silence."""
+"""Texts with labels, from .csv, .tsv or .jsonl files (also .gz), from .parquet files or from lists; what cannot be used is named, never dropped in silence."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as File
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor
 
 from apportion.errors import DataError, PlanError
+from apportion.intake import parquet
 from apportion.intake.folders import spread
 
 Text = str | tuple[str, str]
 Split = Literal["train", "test", "all"]
 OnSkip = Callable[[str, str], None]
 SPLITS = {"train": ("train",), "test": ("test", "dev", "val", "validation")}
-SUFFIXES = (".csv", ".tsv", ".jsonl")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 HELD_OUT = 0.2
+MOST_CLASSES = 1_000_000  # a larger label is an id from another column, and would fill the memory with names
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +177,11 @@ def read_texts(
 ) -> TextSet:
     """Read a list of texts with `labels`, a file, or a folder with train and test (or dev, val, validation) files.
 
-    Columns (of .csv and .tsv, which need a header line) or keys (of .jsonl): `text`, `pair` for a second text, `label`; no such column, no labels.
+    Columns (of .parquet, or of .csv and .tsv, which need a header line) or keys (of .jsonl): `text`, `pair` for a second text, `label`; without it, no labels.
     Labels are whole numbers from 0, or names: then their place in `classes` (such as the model's), or else in the alphabet, over all files of a folder.
     Where the data brings no split of its own, every fifth text of each class is `test`. `limit` keeps that many, spread evenly over the classes.
-    Rows that cannot be used are in `skipped`, by file and row, and told to `on_skip`.
-    Raises DataError: nothing there, a column that is missing, more than half of the rows bad, labels of two kinds.
+    Rows that cannot be used are in `skipped`, by file and line (rows of .parquet and lists count from 0), and told to `on_skip`.
+    Raises DataError: nothing there, a column that is missing, more than half of the rows bad, labels of two kinds; PlanError for .parquet without pyarrow.
     """
     if split not in ("train", "test", "all") or (limit is not None and limit < 1):
         raise DataError(f"split {split!r}, limit {limit}", wanted="train, test or all; at least 1", do="Correct them.")
@@ -226,7 +229,7 @@ def _fault(text: Any) -> str:
 
 def _files(source: File, split: Split) -> tuple[list[File], bool]:
     """The files to read, and whether the data brings a split of its own."""
-    wanted = f"a file with one of the endings {', '.join(SUFFIXES)} (.gz), or a folder with train and test files"
+    wanted = f"a file with one of the endings {', '.join(SUFFIXES)} (all but the last also .gz), or a folder with train and test files"
     if source.is_dir():
         files = [file for kind in (SPLITS if split == "all" else (split,)) for file in _named(source, kind)]
         if not files:
@@ -252,19 +255,40 @@ def _stem(file: File) -> str:
 
 def _rows(file: File, text: str, pair: str | None, label: str) -> Iterator[Row]:
     columns = [text] if pair is None else [text, pair]
+    if file.name.removesuffix(".gz").endswith(".parquet"):
+        yield from _checked(file, "row", parquet.entries(file, columns, label), columns, label, False)
+        return
     try:
         content = gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()
         entries = list(_entries(file, content.decode("utf-8-sig"), columns))
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file}: {error}", wanted="a table in UTF-8", do="Convert it.") from error
-    labelled = any(isinstance(entry, dict) and label in entry for _, entry in entries)
-    for line, entry in entries:
-        where = f"{file}, line {line}"
+    yield from _checked(file, "line", entries, columns, label, any(isinstance(entry, dict) and label in entry for _, entry in entries))
+
+
+def _checked(file: File, unit: str, entries: Iterable[tuple[int, Any]], columns: Sequence[str], label: str, labelled: bool) -> Iterator[Row]:
+    """`labelled`: whether an entry without the label's key lacks something."""
+    for number, entry in entries:
+        where = f"{file}, {unit} {number}"
         if not isinstance(entry, dict) or any(entry.get(name) is None for name in columns):
             yield where, "", None, f"no {' and '.join(columns)}" if isinstance(entry, dict) else "not a JSON object"
             continue
-        body = entry[text] if pair is None else (entry[text], entry[pair])
-        yield where, body, entry.get(label), _fault(body) or ("no label" if labelled and entry.get(label) in (None, "") else "")
+        body = entry[columns[0]] if len(columns) == 1 else tuple(entry[name] for name in columns)
+        value = _label(entry.get(label))
+        yield where, body, value, _fault(body) or (_label_fault(value) if labelled or label in entry else "")
+
+
+def _label(value: Any) -> Any:
+    """Whole numbers that lie in a column with gaps are written as 1.0, and the gaps as NaN: pandas does so."""
+    if not isinstance(value, float):
+        return value
+    return int(value) if value.is_integer() else None if math.isnan(value) else value
+
+
+def _label_fault(value: Any) -> str:
+    if value is None or value == "":
+        return "no label"
+    return "" if isinstance(value, str | int) else f"{type(value).__name__} where a label was wanted"
 
 
 def _entries(file: File, content: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
@@ -290,8 +314,8 @@ def _numbered(known: Iterable[Any], labels: list[Any], classes: Sequence[str] | 
         return tuple(classes or ()), None
     if all(type(value) is int or str(value).isdecimal() for value in found) and not (classes and found <= set(classes)):
         top = max(map(int, found))
-        if min(map(int, found)) < 0:
-            raise DataError(f"label {min(map(int, found))}", wanted="whole numbers from 0", do="Correct the labels.")
+        if strange := [value for value in (min(map(int, found)), top) if not 0 <= value < MOST_CLASSES]:
+            raise DataError(f"label {strange[0]}", wanted=f"whole numbers from 0, below {MOST_CLASSES}", do="Correct the labels.")
         return tuple(classes or map(str, range(top + 1))), torch.tensor([int(value) for value in labels])
     if strange := [value for value in found if type(value) is int]:
         raise DataError(f"label {strange[0]} beside names", wanted="numbers or names, not both", do="Correct the labels.")

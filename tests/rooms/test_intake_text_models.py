@@ -22,6 +22,7 @@ from tests.conftest import PLAN
 
 _torchvision.ready()
 transformers = pytest.importorskip("transformers")
+from apportion.intake import hf_text  # noqa: E402
 from apportion.intake.hf_families import CLASSIFIES, FAMILIES  # noqa: E402
 from apportion.intake.hf_text import Answering, describe, examples, labels, read_text  # noqa: E402
 
@@ -145,8 +146,11 @@ def test_buckets_of_distances_are_those_of_the_source(side, end):
 BY_DISTANCE = ["content to position", "position to content", "bucket", "sign"]
 
 
-@pytest.mark.parametrize("what", ["positions", "token types", "window", "order of heads", "padding", "order of groups", *BY_DISTANCE])
-def test_a_forgotten_part_shows(what):
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("what", ["positions", "last position", "token types", "window", "order of heads", "padding", "order of groups", *BY_DISTANCE])
+def test_a_forgotten_part_shows(what, large, monkeypatch):
+    """Also on the fewer and shorter texts that a large model is compared on, and where only the shaken copy is misread."""
+    monkeypatch.setattr(hf_text, "LARGE", 0 if large else hf_text.LARGE)
     name = {"window": "ModernBert", "order of groups": "Albert", **dict.fromkeys(BY_DISTANCE, "DebertaV2")}.get(what, "Bert")
     source = tiny(name, **({"num_hidden_groups": 2} if name == "Albert" else {}))
 
@@ -155,6 +159,8 @@ def test_a_forgotten_part_shows(what):
         with torch.no_grad():
             if what == "positions":
                 network.tokeniser.offset = 1
+            elif what == "last position":
+                network.tokeniser.position[network.architecture.length - 1].neg_()
             elif what == "token types":
                 network.tokeniser.kind[1] = network.tokeniser.kind[0]
             elif what == "window":
@@ -166,7 +172,7 @@ def test_a_forgotten_part_shows(what):
             elif what in BY_DISTANCE:
                 mixer = network.blocks[1].mixer
                 if what == "bucket":
-                    mixer.relative_range -= 4
+                    mixer.relative_range += 4
                 elif what == "sign":
                     mixer.position_query.copy_(mixer.position_query.flip(-1))
                 else:
@@ -176,8 +182,33 @@ def test_a_forgotten_part_shows(what):
         return network
 
     made = Answering(source)
-    with pytest.raises(Refused, match="difference"):
-        verify(made, forgetful(made), *examples(describe(source)), reread=forgetful, batches=(1, 3, 17))
+    for network, when in ((forgetful(made), "as it is"), (read_text(source), "with shaken weights")):
+        with pytest.raises(Refused, match=f"difference.*{when}"):
+            verify(made, network, *examples(describe(source)), reread=forgetful, batches=(1, 3, 17))
+
+
+def test_texts_for_a_large_model(monkeypatch):
+    a = describe(tiny("Bert"))
+    monkeypatch.setattr(hf_text, "LARGE", 0)
+    whole, cut, longest, pairs = examples(a)
+    assert [tuple(each.shape) for each in (whole, cut, longest, pairs)] == [(3, 8), (17, 8), (1, 60), (3, 2, 8)]
+    assert not (whole == 0).any() and not (longest == 0).any() and (pairs[:, 0] == 0).any() and pairs[:, 1].unique().tolist() == [0, 1]
+    assert len((cut != 0).sum(1).unique()) > 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_source_is_looked_at_and_left_alone(dtype):
+    source = tiny("Bert").to(dtype).train()
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    network = read_text(source)
+    reread = []
+    verify(Answering(source), network, *examples(network.architecture), reread=lambda made: reread.append(read_text(made.model, own=False)) or reread[0])
+    assert source.training and all(parameter.requires_grad and parameter.dtype == dtype for parameter in source.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
+    given = {value.untyped_storage().data_ptr() for value in source.state_dict().values()}
+    kept, looked = ({name for name, value in of.state_dict().items() if value.untyped_storage().data_ptr() in given} for of in (network, reread[0]))
+    matrices = {name for name, value in network.state_dict().items() if value.ndim > 1 and "qkv" not in name and len(value) > 1}
+    assert not kept and looked == (matrices if dtype is torch.float32 else set())
 
 
 @pytest.mark.parametrize(
