@@ -62,6 +62,8 @@ def page(
         points.append(Point("random", 100 * random.accuracy, random.cost * full, at(random.cost)))
     for threshold in (0.2, 0.4, 0.6, 0.8, 0.9, 0.97):
         reuse = torch.full_like(seen.cost, float(seen.cost[0]) if len(bundle.ladder.paths[0].steps) == bundle.ladder.glance else 0.0)
+        if bundle.plan.control == "checkpoints":  # exits go on from each other
+            reuse[1:] = seen.cost[:-1]
         found = confidence_cascade(seen, torch.full((len(bundle.rungs) - 1,), threshold), reuse)
         points.append(Point("cascade", 100 * found.accuracy, found.cost * full, at(min(found.cost, 1.0))))
     best = oracle(seen)
