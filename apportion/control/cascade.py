@@ -28,8 +28,8 @@ class Cascade(nn.Module):
 
     Source: Teerapittayanon et al. 2016, "BranchyNet", arXiv 1709.01686, section III (leave when sure); here the thresholds of all checkpoints are placed
     together, for a price on compute, by backward induction. The rungs must each begin with the one before. The budget is a target for the mean cost,
-    never passed on the calibration rows; the cap is a ceiling that no sample passes. Both are shares of the full path. A sample's choice depends on that
-    sample alone. Shapes: k rungs, hence k - 1 checkpoints.
+    never passed on the calibration rows, and a little of it left where thresholds move in steps; the cap is a ceiling that no sample passes. Both are
+    shares of the full path. A sample's choice depends on that sample alone. Shapes: k rungs, hence k - 1 checkpoints.
     When not to use it: where rungs do not build on each other, or where even the cheapest answer has to be chosen before anything has run.
     """
 
