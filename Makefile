@@ -31,7 +31,7 @@ check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-new: setup  ## make new slot=reducer name=vcc arxiv=2305.04241: a method file and its test
+new: setup  ## make new slot=reducer name=diffrate arxiv=2305.17997: a method file and its test
 	$(PY) -m apportion.methods.scaffold $(slot) $(name) $(arxiv)
 
 bench: setup  ## make bench data=FOLDER: every committed result again

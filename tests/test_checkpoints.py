@@ -112,7 +112,6 @@ def test_what_rounds_is_measured_through_its_own_graphs(tmp_path: File) -> None:
     adapted, figures = weighed.adapted, weighed.figures
     assert figures["served"] == {"same_path": 1.0, "accuracy": figures["accuracy_adaptive"]}
     inputs = adapted.bundle.preprocess([Image.open(file) for file in sorted(data.rglob("*.png"))[:9]])
-    whole = adapted(inputs, 1.0).logits
-    far = (whole - adapted.bundle.network(inputs, adapted.bundle.ladder.paths[-1])).abs().max() / whole.abs().max()
-    assert 1e-5 < far < 0.2  # rounded, and still the same function
+    whole, plain = adapted(inputs, 1.0).logits, adapted.bundle.network(inputs, adapted.bundle.ladder.paths[-1])
+    assert not torch.allclose(whole, plain, rtol=1e-3, atol=1e-3) and torch.cosine_similarity(whole.flatten(), plain.flatten(), dim=0) > 0.8  # rounded
     torch.testing.assert_close(torch.cat([adapted(row[None], 1.0).logits for row in inputs]), whole, rtol=0, atol=0)  # alone as in company

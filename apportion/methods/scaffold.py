@@ -1,4 +1,4 @@
-"""The two files of a new method, from templates: `make new slot=reducer name=vcc arxiv=2305.04241`. The shelf finds them by their place."""
+"""The two files of a new method, from templates: `make new slot=reducer name=diffrate arxiv=2305.17997`. The shelf finds them by their place."""
 
 from __future__ import annotations
 

@@ -47,11 +47,11 @@ def test_what_it_writes_is_clean(slot, tmp_path):
 @pytest.mark.parametrize(
     ("slot", "name", "arxiv", "found"),
     [
-        ("reducers", "vcc", "2305.04241", "slot 'reducers'"),
+        ("reducers", "diffrate", "2305.17997", "slot 'reducers'"),
         ("reducer", "tome", "2210.09461", "which exists"),
         ("reducer", "Ats", "2111.15667", "name 'Ats'"),
-        ("reducer", "../vcc", "2305.04241", "name '../vcc'"),
-        ("reducer", "vcc", "15667", "arXiv number"),
+        ("reducer", "../diffrate", "2305.17997", "name '../diffrate'"),
+        ("reducer", "diffrate", "15667", "arXiv number"),
     ],
 )
 def test_it_refuses(slot, name, arxiv, found, tmp_path):
@@ -61,10 +61,10 @@ def test_it_refuses(slot, name, arxiv, found, tmp_path):
 
 
 def test_it_does_not_overwrite(tmp_path):
-    method, _ = scaffold.new("reducer", "vcc", "2305.04241", root=tmp_path)
+    method, _ = scaffold.new("reducer", "diffrate", "2305.17997", root=tmp_path)
     method.write_text("mine")
     with pytest.raises(PlanError, match="which exists"):
-        scaffold.new("reducer", "vcc", "2305.04241", root=tmp_path)
+        scaffold.new("reducer", "diffrate", "2305.17997", root=tmp_path)
     assert method.read_text() == "mine"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
-from apportion.engine import Engine, build, serving
+from apportion.engine import COARSE, Engine, build, serving
 from apportion.engine.compile import RUNTIMES
 from apportion.engine.exported import Flat, capture, digest
 from apportion.errors import EngineError, NoEffect
@@ -21,7 +21,8 @@ from tests.rooms.test_engine_engine import Decide, Rung, samples
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-both = pytest.mark.parametrize("backend", list(RUNTIMES))
+EXACT = [name for name in RUNTIMES if name not in COARSE]  # what rounds is held in tests/test_checkpoints.py
+both = pytest.mark.parametrize("backend", EXACT)
 
 
 class State(NamedTuple):
@@ -82,7 +83,7 @@ def equal(found: Any, wanted: Any) -> None:
             assert mine == other
 
 
-@pytest.fixture(scope="module", params=list(RUNTIMES))
+@pytest.fixture(scope="module", params=EXACT)
 def toy(request, tmp_path_factory):
     """A toy, its graph, the back-end's name and the folder in which it is kept."""
     torch.manual_seed(0)
