@@ -177,7 +177,7 @@ def row(name: str, figures: dict[str, Any]) -> str:
     return (
         f"| {name} | {100 * figures['accuracy_dense']:.2f} | {100 * figures['accuracy_adaptive']:.2f} "
         f"| {drop['points']:.2f} ({drop['low']:.2f} to {drop['high']:.2f}) | {100 * figures['gmacs_saved_share']:.1f} % "
-        f"| {gain['value']:.2f} ({gain['low']:.2f} to {gain['high']:.2f}) | {times[0]} | {times[-1]} |"
+        f"| {gain['value']:.2f} ({gain['low']:.2f} to {gain['high']:.2f}) | {times[0]} | {times[-1] if len(times) > 1 else ''} |"
     )
 
 
