@@ -6,6 +6,7 @@ Nothing heavy is imported until a command runs: help is there at once.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path as File
@@ -106,10 +107,20 @@ def summary(figures: dict[str, Any], report: Any) -> Table:
         [f"  {path.name}", f"{path.accuracy:.2f}", f"{path.gmacs:.4f}", *(f"{path.latency_ms[batch]:.3f}" for batch in batches), "", f"{100 * path.share:.1f}"]
         for path in report.paths
     ]
-    head = ["", "accuracy, %", "GMACs", *(f"ms, batch {batch}" for batch in batches), "peak MiB", "inputs, %"]
+    head = ["", f"{report.metric}, %", "GMACs", *(f"ms, batch {batch}" for batch in batches), "peak MiB", "inputs, %"]
     lost = figures["drop_points"]["points"]
     change = f"{lost:.2f} points lost" if lost >= 0 else f"{-lost:.2f} points gained"
     return grid(f"{report.title}: {100 * figures['gmacs_saved_share']:.1f} % fewer GMACs, {change}", head, rows)
+
+
+def spoken(row: dict[str, Any]) -> tuple[str, str]:
+    """An answer and its probability in a line of their own."""
+    answer = next(row[key] for key in ("label", "value", "embedding") if key in row)
+    if isinstance(answer, dict):
+        answer = [f"{name} {100 * share:.0f} %" for name, share in answer.items()]
+    words = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+    chance = row.get("probability", [])
+    return textwrap.shorten(words, 60), ", ".join(f"{one:.3f}" for one in (chance if isinstance(chance, list) else [chance]))
 
 
 @app.command()
@@ -125,6 +136,8 @@ def adapt(
     random: Annotated[bool, typer.Option("--random", help="Untrained weights, to try the way without a download.")] = False,
     length: Annotated[int | None, typer.Option(help="Tokens of a text, or samples of a recording, at most; without it 512 or 16,000, or fewer.")] = None,
     columns: Columns = None,
+    task: Annotated[str | None, typer.Option(help="What outputs mean where the model does not say: classification, multilabel or regression.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="How an encoder without a head makes one vector: mean, class_token or pooler.")] = None,
     method: Annotated[str | None, typer.Option(help="acm: a gate gives every token its own width (needs epochs), in place of nested widths.")] = None,
     backend: BackendName = "inductor",
     as_json: Json = False,
@@ -132,9 +145,10 @@ def adapt(
     """Read a trained model, make it adapt its compute to each input, measure it, write the bundle and its report."""
     from apportion import verbs
     from apportion.deliver.bundle import read_plan
+    from apportion.intake import Pooling
     from apportion.network import Architecture
     from apportion.train import Recipe
-    from apportion.vocab import Plan
+    from apportion.vocab import Plan, Task
 
     compiler = verbs.backend(backend)  # a wrong word is refused before anything is trained
     wanted = Plan() if plan is None else read_plan(plan)
@@ -158,6 +172,8 @@ def adapt(
         preprocess=preprocess,
         length=length,
         columns=named(columns),
+        task=verbs.one_of(Task, task),
+        pooling=verbs.one_of(Pooling, pooling),
         backend=compiler,
         tell=tell,
     )
@@ -194,8 +210,8 @@ def run(
 
     rows, skipped = verbs.run(folder, inputs, budget=budget, columns=named(columns), backend=verbs.backend(backend), cache=cache)
     found = {"answers": rows, "skipped": [{"file": file, "why": why} for file, why in skipped]}
-    lines = [[row["file"], row["label"], f"{row['probability']:.3f}", row["path"], f"{row['gmacs']:.4f}"] for row in rows]
-    show(found, lambda: grid(str(folder), ["file", "label", "probability", "path", "GMACs"], lines), as_json)
+    lines = [[row["file"], *spoken(row), row["path"], f"{row['gmacs']:.4f}"] for row in rows]
+    show(found, lambda: grid(str(folder), ["file", "answer", "probability", "path", "GMACs"], lines), as_json)
     for file, why in skipped:
         line(Text.assemble(("left out", "red"), f" {file}: {why}"))
     if skipped:
@@ -216,13 +232,15 @@ def bench(folder: Folder, data: Data, columns: Columns = None, backend: BackendN
 def report(folder: Folder, as_json: Json = False) -> None:
     """The frontier of a bundle, and where its page with pictures is."""
     from apportion.deliver.adapted import load
+    from apportion.measure.judge import METRICS
 
-    places = load(folder, backend="eager").frontier()
+    adapted = load(folder, backend="eager")
+    places, metric = adapted.frontier(), METRICS[adapted.bundle.network.architecture.task]
     page = folder / "report.html"
     lines = [[p.name, f"{p.gmacs:.4f}", f"{100 * p.accuracy:.2f}", "not measured here" if p.latency_ms is None else f"{p.latency_ms:.3f}"] for p in places]
     show(
         {"frontier": [asdict(place) for place in places], "page": str(page) if page.exists() else None},
-        lambda: grid(str(page), ["", "GMACs", "accuracy, %", "ms, batch 1"], lines),
+        lambda: grid(str(page), ["", "GMACs", f"{metric}, %", "ms, batch 1"], lines),
         as_json,
     )
 

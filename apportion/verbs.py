@@ -15,16 +15,20 @@ from torch import nn
 from apportion import methods
 from apportion.control import candidates, exits
 from apportion.deliver.adapted import load
+from apportion.deliver.answers import spelled
 from apportion.deliver.costs import profile
 from apportion.deliver.deciding import BATCH, control, outcomes
 from apportion.deliver.weighing import Weighed, check_time, fast_enough, weigh
 from apportion.engine import Backend
 from apportion.errors import DataError, EngineError, PlanError
-from apportion.intake import KINDS, Feed, Listen, Parts, Preprocess, Samples, Tokenise, matched, opened, read_model, reader
+from apportion.intake import KINDS, Feed, Listen, Parts, Pooling, Preprocess, Samples, Tokenise, matched, opened, read_model, reader
+from apportion.intake.labels import span
+from apportion.intake.parts import bare
 from apportion.measure.inspect import Inspection, inspected
+from apportion.methods.task import SURE
 from apportion.network import Architecture, Network, put, sort_by_importance
 from apportion.train import Data, Images, Recipe, Sounds, Texts, acm, dense, fit, sandwich
-from apportion.vocab import Choice, Ladder, Plan
+from apportion.vocab import Choice, Ladder, Plan, Task
 
 Tell = Callable[[str], None]
 GATE = 16  # hidden units of an adaptive computation module's gate, as published
@@ -47,6 +51,8 @@ def adapt(
     preprocess: Feed | None = None,
     length: int | None = None,
     columns: Mapping[str, str] | None = None,
+    task: Task | None = None,
+    pooling: Pooling | None = None,
     backend: Backend = "inductor",
     buckets: Sequence[int] = (1, 8, 32),
     repeats: int = 30,
@@ -55,30 +61,35 @@ def adapt(
     """Read a trained model, make it adapt its compute to each input, weigh the result and, with `out`, write the bundle and its report there.
 
     `tolerance` is in percentage points of accuracy (of agreement with the model, where the data has no labels); with `confidence`, such as 0.9, it is certified
-    on samples that nothing else saw. A model of texts is the folder of a text classifier as transformers writes it: texts are cut to `length` tokens, and
-    `columns` says what the columns "text", "label" and, for a second text, "pair" are called in the data. Raises the errors of the rooms it visits: Refused for
-    a model that cannot be read exactly, DataError for data, ControlError where no budget holds the tolerance, or the samples are too few to certify it.
+    on samples that nothing else saw. For other tasks than one class, points are hundredths of the task's own measure (`measure.judge`), and `task` says what
+    outputs mean where the model does not. A model of texts is a folder as transformers or sentence-transformers writes it: texts are cut to `length` tokens, an
+    encoder without a head takes `pooling`, and `columns` says what "text", "label" and, for a second text, "pair" are called in the data. Raises the errors of
+    the rooms it visits: Refused for a model that cannot be read exactly, DataError for data, ControlError where no budget holds the tolerance, or the samples
+    are too few to certify it.
     """
     plan = plan or Plan()
     plan = plan if tolerance is None else replace(plan, tolerance=tolerance)
     plan = plan if confidence is None else replace(plan, confidence=confidence)
     tell(f"reading {model if not isinstance(model, nn.Module) else type(model).__name__}")
-    source = read_model(model, timm_name=timm_name, random=random, preprocess=preprocess, length=length)
-    feed = source.fed
+    source = read_model(model, timm_name=timm_name, random=random, preprocess=preprocess, length=length, task=task, pooling=pooling)
+    feed, task = source.fed, source.network.architecture.task
+    check_task(task, plan)
     if not isinstance(data, Parts):
-        read = reader(feed, source.classes, columns)
+        read = reader(feed, source.classes, columns, task=task)
         data = Parts.read(data, seed=plan.seed, teach=plan.epochs > 0, certify=plan.confidence > 0, tell=tell, read=read)
-    source, parts = matched(source, data), data
+    source, parts = matched(source, data), data.unlabelled() if task == "embedding" else data
     parts.check(source.network.architecture.classes)
+    if task == "regression":
+        source.network.architecture = replace(source.network.architecture, span=span([samples.labels for samples in (parts.decide, parts.place)]))
     reference = copy.deepcopy(source.network).eval().requires_grad_(False)
     feed = source.fed
     taught = prepare(source.network, parts, feed, plan, folder=None if out is None else File(out) / "training", tell=tell)
     adapted, seen = control(taught, reference, parts, source, plan, backend=backend, buckets=buckets, tell=tell)
-    dense_correct = outcomes(reference, Ladder((reference.space.full,), 0), parts.report, feed).correct[:, 0]
-    weighed = weigh(adapted, reference, parts.report, seen, dense_correct, repeats=repeats, tell=tell)
+    dense_quality = outcomes(reference, Ladder((reference.space.full,), 0), parts.report, feed).quality[:, 0]
+    weighed = weigh(adapted, reference, parts.report, seen, dense_quality, repeats=repeats, tell=tell)
     if plan.never_slower and (faster := fast_enough(weighed, tell=tell)) is not None:
         adapted, seen = control(taught, reference, parts, source, plan, ladder=faster, backend=backend, buckets=buckets, tell=tell)
-        weighed = weigh(adapted, reference, parts.report, seen, dense_correct, repeats=repeats, tell=tell)
+        weighed = weigh(adapted, reference, parts.report, seen, dense_quality, repeats=repeats, tell=tell)
     if plan.never_slower:
         check_time(weighed)
     if out is not None:
@@ -114,13 +125,16 @@ def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: F
     if plan.epochs > 0:
         if parts.teach is None:
             raise PlanError(f"{plan.epochs} epochs and nothing to teach with", wanted="training samples", do="Give some, or set epochs to 0.")
-        teacher = copy.deepcopy(network).eval().requires_grad_(False)
+        teacher, a = copy.deepcopy(network).eval().requires_grad_(False), network.architecture
         tell(f"teaching the paths for {plan.epochs} epochs")
         crop = max(1, feed.size // 8) if isinstance(feed, Preprocess) else 0
         recipe = Recipe(epochs=plan.epochs, batch=plan.batch, learning_rate=plan.learning_rate, seed=plan.seed, crop_padding=crop)
         # Tokens of an early exit that had to look like the full path's own would hold it back.
         paths, weight = (exits, 0.1) if plan.control == "checkpoints" else (candidates, 1.0)
-        objective, data = sandwich(paths(network.space, plan.glance), teacher=teacher, feature_weight=weight), _memory(parts.teach, feed)
+        objective, data = (
+            sandwich(paths(network.space, plan.glance), teacher=teacher, feature_weight=weight, task=a.task, span=a.span),
+            _memory(parts.teach, feed),
+        )
         if gated(plan):
             acm.teach(network, data, teacher=teacher, last=objective, recipe=recipe, folder=folder)
         else:
@@ -128,6 +142,14 @@ def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: F
     elif gated(plan):
         raise PlanError("a gate that nothing has taught", wanted="some epochs: it would deal out compute by the order of tokens", do="Give the plan epochs.")
     return network.eval().requires_grad_(False)
+
+
+def check_task(task: Task, plan: Plan) -> None:
+    """Raises PlanError where a plan wants answers that say how sure they are, and those of this task do not."""
+    if plan.control == "checkpoints" and task not in SURE:
+        raise PlanError(f"control = 'checkpoints' for {task}", wanted=f"one of {', '.join(SURE)}, whose answers say how sure they are", do="Use 'glance'.")
+    if gated(plan) and task != "classification":
+        raise PlanError(f"the method acm for {task}", wanted="classification, which is what it teaches by", do="Leave it out of the plan.")
 
 
 def with_method(plan: Plan, name: str) -> Plan:
@@ -164,11 +186,13 @@ def bench(
     """Measure a bundle again, on this device and this data, and write the times and the report into it. The dense model is its full path, undecided."""
     adapted = load(folder, backend=backend, buckets=buckets)
     bundle, feed = adapted.bundle, adapted.bundle.preprocess
-    samples = reader(feed, bundle.classes or None, columns)(data, split="test")
+    task = bundle.network.architecture.task
+    samples = reader(feed, bundle.classes or None, columns, task=task)(data, split="test")
+    samples = bare(samples) if task == "embedding" else samples
     samples.check(bundle.network.architecture.classes)
     checkpoints, over = bundle.plan.control == "checkpoints", profile(bundle.network, samples, feed)
     seen = outcomes(bundle.network, bundle.ladder, samples, feed, decision=bundle.controller.macs, checkpoints=checkpoints, over=over)
-    weighed = weigh(adapted, bundle.network, samples, seen, seen.correct[:, -1], repeats=repeats, tell=tell)
+    weighed = weigh(adapted, bundle.network, samples, seen, seen.quality[:, -1], repeats=repeats, tell=tell)
     weighed.adapted.save(folder, extra=weighed.files())
     return weighed
 
@@ -192,7 +216,7 @@ def run(
     backend: Backend = "eager",
     cache: File | None = None,
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """Label, probability, path and GMACs of each picture or recording in files and folders, or each text, and what could not be read, with the reason."""
+    """Answer (`spelled`), path and GMACs of each picture or recording in files and folders, or each text, and what could not be read, with the reason."""
     adapted, rows, skipped = load(folder, backend=backend, cache=cache), list[dict[str, Any]](), list[tuple[str, str]]()
     given = opened(inputs, adapted.bundle.preprocess, columns)
     while part := list(islice(given, BATCH)):
@@ -201,14 +225,10 @@ def run(
         if not some:
             continue
         answer = adapted([one for _, one in some], budget)
-        top = answer.logits.softmax(-1).max(-1)
-        for (file, one), label, probability, rung, gmacs in zip(
-            some, top.indices.tolist(), top.values.tolist(), answer.path.tolist(), answer.cost.tolist(), strict=True
-        ):
-            name = adapted.bundle.classes[label] if adapted.bundle.classes else str(label)
+        for (file, one), logits, rung, gmacs in zip(some, answer.logits, answer.path.tolist(), answer.cost.tolist(), strict=True):
             text = {"text": one} if isinstance(adapted.bundle.preprocess, Tokenise) else {}
             path = adapted.bundle.ladder.paths[rung].name
-            rows.append({"file": file, **text, "label": name, "probability": probability, "path": path, "gmacs": gmacs})
+            rows.append({"file": file, **text, **spelled(adapted.bundle, logits, one), "path": path, "gmacs": gmacs})
     return rows, skipped
 
 
@@ -234,6 +254,13 @@ def backend(name: str) -> Backend:
         if name == known:
             return known
     raise EngineError(f"back-end {name!r}", wanted=f"one of {get_args(Backend)}", do="Name one of these.")
+
+
+def one_of(kind: Any, name: str | None) -> Any:
+    """A word of a Literal, such as Task or Pooling, by name; None for none. Raises PlanError."""
+    if name is not None and name not in get_args(kind):
+        raise PlanError(f"{name!r}", wanted=f"one of {', '.join(get_args(kind))}", do="Name one of these.")
+    return name
 
 
 __all__ = ["Parts", "adapt", "bench", "demo", "load", "run", "scratch", "systems"]

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from apportion.errors import ControlError, PathError, PlanError
 
+Task = Literal["classification", "multilabel", "regression", "embedding", "token_classification", "segmentation"]
+"""What the numbers that a network answers with mean."""
 Axis = Literal["patch", "tokens", "heads", "width", "depth"]
 Notes = dict[str, list[Tensor]]
 """Facts that training or a picture wants from a forward pass. The caller brings the empty dict; serving passes None."""
@@ -44,7 +46,7 @@ class Step(NamedTuple):
 class Path:
     """One way through the network: integers only, one entry for each block that runs, in the order in which they run.
 
-    `tokens[s]` is the number left after the reducer of step `s` (prefix included): its mixer still sees `tokens[s - 1]`.
+    `tokens[s]` is the number left after the reducer of step `s` (prefix included): its mixer still sees `tokens[s - 1]`, the first one `entering`.
     """
 
     patch: int
@@ -52,6 +54,7 @@ class Path:
     tokens: tuple[int, ...]
     heads: tuple[int, ...]
     width: tuple[int, ...]
+    entering: int | None = None  # tokens that leave the tokeniser, prefix included; None: all
 
     def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in ("blocks", "tokens", "heads", "width")}
@@ -69,19 +72,22 @@ class Path:
         def span(values: Sequence[int]) -> str:
             return "0" if not values else str(values[0]) if values[0] == values[-1] else f"{values[0]}-{values[-1]}"
 
-        digest = hashlib.sha256(repr((self.patch, self.steps)).encode()).hexdigest()[:4]
-        return f"d{len(self.blocks)}_t{span(self.tokens)}_h{span(self.heads)}_w{span(self.width)}_{digest}"
+        fewer = () if self.entering is None else (self.entering,)
+        digest = hashlib.sha256(repr((self.patch, self.steps, *fewer)).encode()).hexdigest()[:4]
+        return f"d{len(self.blocks)}_t{span((*fewer, *self.tokens))}_h{span(self.heads)}_w{span(self.width)}_{digest}"
 
     def same_start(self, other: Path, steps: int) -> bool:
-        """Whether both do the same work in their first `steps` blocks."""
-        return self.patch == other.patch and len(self.steps) >= steps and self.steps[:steps] == other.steps[:steps]
+        """Whether both do the same work in the tokeniser and their first `steps` blocks."""
+        same = self.patch == other.patch and self.entering == other.entering
+        return same and len(self.steps) >= steps and self.steps[:steps] == other.steps[:steps]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Path:
-        return cls(int(data["patch"]), *(tuple(int(v) for v in data[axis]) for axis in ("blocks", "tokens", "heads", "width")))
+        axes = (tuple(int(v) for v in data[axis]) for axis in ("blocks", "tokens", "heads", "width"))
+        return cls(int(data["patch"]), *axes, entering=None if data.get("entering") is None else int(data["entering"]))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,7 @@ class Space:
     reduces: bool  # whether a reducer sits in the network
     skips: bool  # whether blocks may be left out
     orders: tuple[tuple[int, ...], ...] = ()  # which blocks run at each depth that the depth method offers
+    entering: tuple[int, ...] = ()  # fewer tokens than at full that can leave the tokeniser
 
     @property
     def full(self) -> Path:
@@ -109,14 +116,19 @@ class Space:
         tokens: int | Sequence[int] | None = None,
         heads: int | Sequence[int] | None = None,
         width: int | Sequence[int] | None = None,
+        entering: int | None = None,
     ) -> Path:
-        """The path with these entries, full where nothing is said; one integer stands for every step. Raises PathError."""
+        """The path with these entries, full where nothing is said; one integer stands for every step. Raises PathError.
+
+        Where fewer tokens are `entering` and of `tokens` nothing is said, all of them stay.
+        """
+        entering = None if entering == self.tokens else entering
         which = tuple(range(self.depth)) if blocks is None else tuple(blocks)
 
         def every(value: int | Sequence[int] | None, full: int) -> tuple[int, ...]:
             return (full if value is None else value,) * len(which) if value is None or isinstance(value, int) else tuple(value)
 
-        path = Path(self.patch, which, every(tokens, self.tokens), every(heads, self.heads[-1]), every(width, self.width[-1]))
+        path = Path(self.patch, which, every(tokens, entering or self.tokens), every(heads, self.heads[-1]), every(width, self.width[-1]), entering)
         self.check(path)
         return path
 
@@ -139,7 +151,9 @@ class Space:
             refuse(f"patch {path.patch}", f"patch {self.patch}")
         if not self.skips and path.blocks != tuple(range(self.depth)):
             refuse(f"blocks {path.blocks}", f"all {self.depth} blocks in order")
-        before = self.tokens
+        if path.entering is not None and path.entering not in self.entering:
+            refuse(f"{path.entering} tokens from the tokeniser", f"one of {self.entering}" if self.entering else f"None: all {self.tokens}")
+        before = self.tokens if path.entering is None else path.entering
         for step in path.steps:
             if not 0 <= step.block < self.depth:
                 refuse(f"block {step.block}", f"0 to {self.depth - 1}")
@@ -204,14 +218,15 @@ class Outcomes:
     """Samples by paths: all that control ever learns from, so that it can be tested with a made-up table."""
 
     signal: Tensor  # (n, f) what the glance saw
-    correct: Tensor  # (n, k) bool; equals `agree` where there are no labels
+    quality: Tensor  # (n, k) how good each answer is, 0 to 1; for one class right or wrong (bool is taken as 1 and 0); by the full path's answer without labels
     agree: Tensor  # (n, k) bool: same answer as the full path
     loss: Tensor  # (n, k)
-    margin: Tensor  # (n, k) top probability minus the second
+    margin: Tensor  # (n, k) how sure it is: for one class the top probability minus the second
     cost: Tensor  # (k,) relative to the full path, controller included, ascending
 
     def __post_init__(self) -> None:
-        n, k = self.correct.shape
+        object.__setattr__(self, "quality", self.quality.float())
+        n, k = self.quality.shape
         shapes = {name: tuple(getattr(self, name).shape) for name in ("agree", "loss", "margin")}
         if any(shape != (n, k) for shape in shapes.values()) or self.cost.shape != (k,) or self.signal.shape[0] != n or not n:
             raise ControlError(
@@ -219,16 +234,25 @@ class Outcomes:
                 wanted="one row for each sample, one column for each path",
                 do="Measure all paths on the same samples.",
             )
+        if not bool(((self.quality >= 0) & (self.quality <= 1)).all()):
+            row, path = (~((self.quality >= 0) & (self.quality <= 1))).nonzero()[0].tolist()
+            found = f"quality {self.quality[row, path].item():.4g} of sample {row} along path {path}"
+            raise ControlError(found, wanted="0 to 1", do="Bring the task's measure to that range.")
         if not bool((self.cost[1:] >= self.cost[:-1]).all()):
             raise ControlError("paths that are not in order of cost", wanted="cheapest first, full last", do="Sort the ladder.")
 
+    @property
+    def correct(self) -> Tensor:
+        """Where an answer is wholly right, (n, k) bool."""
+        return self.quality >= 1
+
     def rows(self, index: Tensor) -> Outcomes:
         """The same table for some of the samples."""
-        return replace(self, **{name: getattr(self, name)[index] for name in ("signal", "correct", "agree", "loss", "margin")})
+        return replace(self, **{name: getattr(self, name)[index] for name in ("signal", "quality", "agree", "loss", "margin")})
 
     def columns(self, index: Tensor) -> Outcomes:
         """The same table for some of the paths (ascending indices)."""
-        return replace(self, **{name: getattr(self, name)[:, index] for name in ("correct", "agree", "loss", "margin")}, cost=self.cost[index])
+        return replace(self, **{name: getattr(self, name)[:, index] for name in ("quality", "agree", "loss", "margin")}, cost=self.cost[index])
 
 
 class Answer(NamedTuple):

@@ -190,7 +190,7 @@ def exits(network: Perceiver, trunk: Path, known: Tensor, seen: Tensor, held: Im
 def ladder(network: Perceiver, kept: Outcomes, held: ImageSet, test: ImageSet, hull: Outcomes) -> dict[str, Any]:
     """A controller over rungs of all three axes, and the rungs in turn until one is sure: nothing but the patches is used again between them."""
     paths = network.settings()
-    chosen = choose_rungs(kept.correct.double().mean(0), kept.cost, RUNGS, correct=kept.correct)
+    chosen = choose_rungs(kept.correct.double().mean(0), kept.cost, RUNGS, quality=kept.quality)
     rungs = Ladder(tuple(paths[index] for index in chosen), 0)
     learn, place = held.split(0.5)
     glance = network.glance(0)

@@ -6,6 +6,7 @@ half; accuracy is on the 500 of the second. Times are operator by operator, all 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path as File
@@ -30,17 +31,26 @@ START = 3  # blocks that run in full before the first cut
 COLOURS = {"tokens": "#0a6ebd", "width": "#c2591a", "heads": "#7b3fa0", "depth": "#2d8a4e"}
 
 
-class Random(nn.Module):
-    """The control: which tokens go is drawn, for each picture by itself."""
+def lots(x: Tensor) -> Tensor:
+    """An order of each sample's tokens (b, n) that is as good as drawn, and the same in every run."""
+    seeds = x[..., 0].double() * 1e4
+    return (seeds - seeds.floor()).argsort(1)
+
+
+class Dropped(nn.Module):
+    """The control: which tokens go is drawn for each picture by itself, or they are those of the same places in all pictures, evenly spread."""
 
     reduces = True
+
+    def __init__(self, *, by_lot: bool) -> None:
+        super().__init__()
+        self.by_lot = by_lot
 
     def forward(self, tokens: Tokens, keep: int, mixed: Mixed, notes: Notes | None = None, real: Tensor | None = None) -> Tokens:
         n, prefix = tokens.x.shape[1], tokens.prefix
         if keep == n:
             return tokens
-        seeds = tokens.x[:, prefix:, 0].double() * 1e4
-        order = (seeds - seeds.floor()).argsort(1) + prefix
+        order = (lots(tokens.x[:, prefix:]) if self.by_lot else spread(n - prefix, keep - prefix).expand(len(tokens.x), -1)) + prefix
         first = torch.arange(prefix).expand(len(order), -1)
         kept = torch.cat((first, order[:, : keep - prefix].sort(1).values), 1)
         gone = order[:, keep - prefix :]
@@ -49,6 +59,12 @@ class Random(nn.Module):
 
     def macs(self, before: int, keep: int, prefix: int, mixed_heads: int) -> int:
         return 0
+
+
+def spread(n: int, keep: int) -> Tensor:
+    """All n places, `keep` evenly spread ones first."""
+    stay = torch.arange(keep) * n // keep
+    return torch.cat((stay, torch.ones(n).scatter(0, stay, 0).nonzero()[:, 0]))
 
 
 def ways(model: File, pictures: Tensor) -> Iterator[tuple[str, str, Network, Path]]:
@@ -65,7 +81,7 @@ def ways(model: File, pictures: Tensor) -> Iterator[tuple[str, str, Network, Pat
         network = read(*(() if name == "random" else (Choice("reducer", name),)))
         if name == "random":
             for block in network.blocks:
-                block.reducer = Random()
+                block.reducer = Dropped(by_lot=True)
         space = network.space
         for left in (0.75, 0.5):
             keep = space.prefix + round(left * (space.tokens - space.prefix))
@@ -141,3 +157,38 @@ def draw(rows: list[dict[str, Any]]) -> None:
     axes[0].set_ylabel("accuracy, % (500 pictures)")
     figure.tight_layout()
     figure.savefig(results.FOLDER.parent.parent / "docs" / "systems.png", dpi=110)
+
+
+def draw_healed(figures: dict[str, Any]) -> None:
+    """Accuracy against multiply-adds and against time, as docs/systems-healed.png: a colour for each axis, a marker for each way, dots for controls."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
+    for place, (cost, label) in enumerate((("gmacs", "GMACs"), ("ms", f"ms an image, eager, batch {figures['batch']}"))):
+        for (name, axis, points), marker in zip(curves(figures["ways"], cost), itertools.cycle("o^vsDPX<>*"), strict=False):
+            control = any(word in name for word in ("lot", "fixed places", "no gate", "dealt"))
+            style = {"color": COLOURS.get(axis, "black"), "linestyle": ":" if control else "-", "linewidth": 2 if axis == "decides" else 0.8}
+            axes[place].plot(*zip(*points, strict=True), marker=marker, markersize=5, label=name, **style)
+        axes[place].plot(*zip(*((x, 100 * y) for x, y in figures["hull"][cost]), strict=True), color="grey", linestyle="--", label="static hull")
+        axes[place].set_xlabel(label)
+        axes[place].grid(alpha=0.3)
+    for found in (found for found in figures["ways"] if "oracle" in found):
+        at = found["oracle"]["gmacs"], 100 * found["oracle"]["accuracy"]
+        axes[0].plot(*at, marker="*", color="grey", markersize=10)
+        axes[0].annotate(f"{found['method']}, foresight", at, fontsize=7, xytext=(6, 3), textcoords="offset points")
+    axes[0].set_ylabel(f"accuracy, % ({figures['tests']} images)")
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.tight_layout()
+    figure.savefig(results.FOLDER.parent.parent / "docs" / "systems-healed.png", dpi=110)
+    plt.close(figure)
+
+
+def curves(ways: list[dict[str, Any]], cost: str) -> list[tuple[str, str, list[tuple[float, float]]]]:
+    """(name, axis, points in order of cost): one for each method, each of its labels and each that decides."""
+    grouped: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for found in ways:
+        for row in found["rows"]:
+            label = row["label"].rsplit(" ", 1)[0] if row["label"].startswith("mix") else row["label"]
+            name = label or found["method"].split(" 0.")[0] + (", its paths" if found["method"] == "ours" else "")
+            grouped.setdefault((name, found["axis"]), []).append((row[cost], 100 * row["accuracy"]))
+        for row in found.get("adaptive", {}).get("rows", ()):
+            grouped.setdefault((found["adaptive"]["method"], "decides"), []).append((row[cost], 100 * row["accuracy"]))
+    return [(name, axis, sorted(points)) for (name, axis), points in grouped.items()]

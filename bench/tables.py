@@ -273,7 +273,98 @@ def systems() -> str:
         lines.append(
             f"| {way['method']} | {way['axis']} | {way['needs']} | `{path}` | {way['gmacs']:.3f} | {correct(way['accuracy'], found['images'])} | {time} |"
         )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *(line for file in FOLDER.glob("systems-healed.json") for line in healed(json.loads(file.read_text())))])
+
+
+def healed(found: dict[str, Any]) -> list[str]:
+    """`results/systems-healed.json` as a section: the same methods on a small network of our own, each healed on as many images."""
+    tests = found["tests"]
+    lines = [
+        "## Healed alike",
+        "",
+        f"Made from `python -m bench.healing`: the dense CIFAR-10 network of `python -m bench cifar`, seed {found['ways'][0]['seed']}; each method in all",
+        f"blocks, healed on {found['images']:,} images by one recipe: the full path learns from labels, its answers teach the others (learners and gates of",
+        "`acm` in stages of their own, of as many images in all; `mind_skip` once for each capacity). Accuracy, with its standard error, on",
+        f"{tests:,} test images; two ways on the same images differ more surely than these errors say. `ms` is per image, operator by operator",
+        f"at batch {found['batch']}, the median of rounds that all share; of what decides, the mean over its paths as if samples were sorted by path.",
+        "*Foresight* takes the cheapest path from which on all are right and, where the full one errs, the cheapest, right by luck at times: it is no policy.",
+        "Rows in italics are controls. Above the hull: points above the best mixture of all rows of fixed cost, which was drawn from these test images.",
+        machine(found),
+        "",
+        "![accuracy against multiply-adds and against time, healed](systems-healed.png)",
+        "",
+        "| method | path or budget | GMACs | ms | accuracy, % | above the hull, points |",
+        "|---|---|---|---|---|---|",
+    ]
+
+    def row(name: str, path: str, each: dict[str, Any]) -> str:
+        above = 100 * (each["accuracy"] - under(found["hull"]["gmacs"], each["gmacs"]))
+        control = any(word in name for word in ("lot", "fixed places", "no gate", "dealt"))
+        shown = f"{each['ms']:.3f}" if "ms" in each else ""
+        return f"| {f'*{name}*' if control else name} | {path} | {each['gmacs']:.4f} | {shown} | {correct(each['accuracy'], tests)} | {above:+.2f} |"
+
+    for way in found["ways"]:
+        lines += [row(each["label"] or way["method"], f"`{each['path']}`", each) for each in way["rows"]]
+        lines += [row(way["adaptive"]["method"], f"{each['budget']:g}x", each) for each in way.get("adaptive", {}).get("rows", ())]
+        lines += [row(f"{way['method']}, foresight", "cheapest path that is enough", way["oracle"])] if "oracle" in way else []
+    lines += ["", "What decides, beside the hull of its own paths: points above it (95 %), in order of budget.", ""]
+    for way in (way for way in (*found["ways"], *found["other_seeds"]) if "adaptive" in way):
+        gains = (each["gain_points"] for each in way["adaptive"]["rows"])
+        said = "; ".join(f"{gain['value']:+.2f} ({gain['low']:.2f} to {gain['high']:.2f})" for gain in gains)
+        lines.append(f"- {way['adaptive']['method']}, seed {way['seed']}: {said}.")
+    return [*lines, ""]
+
+
+def under(corners: list[list[float]], cost: float) -> float:
+    """Height of a hull at this cost: flat behind its last corner; before its first there is none, and the first counts."""
+    after = next((place for place, (x, _) in enumerate(corners) if x >= cost), None)
+    if after is None or after == 0:
+        return corners[-1 if after is None else 0][1]
+    (x0, y0), (x1, y1) = corners[after - 1], corners[after]
+    return y0 + (y1 - y0) * (cost - x0) / (x1 - x0)
+
+
+def distil() -> str:
+    """`results/distil.json` as a page: what each term of the paths' loss is worth."""
+    found = json.loads((FOLDER / "distil.json").read_text())
+    recipe = found["recipe"]
+    lines = [
+        "# What each term is worth",
+        "",
+        "Made by `python -m bench tables` from `bench/results/distil.json`. A taught path's loss is the sum of four terms: *labels*, the *logits* and the",
+        "*features* (tokens after each block) of what it learns from, and a *bound* on what it errs oftener than that. Each way begins with the same dense",
+        "network and takes the same steps with the same images along the same paths. Accuracy in % on images that were not taught with, mean over the seeds",
+        "and (lowest to highest); *area* is the mean over budgets of 0.4 to 0.9 of what mixtures of the paths reach, and the last column what it differs from",
+        "all terms by, seed by seed.",
+        machine(found),
+        "",
+    ]
+
+    def spread(values: list[float], form: str = ".1f") -> str:
+        each = [100 * value for value in values]
+        return f"{statistics.mean(each):{form}} ({min(each):{form}} to {max(each):{form}})"
+
+    for name, seeds in found["ways"].items():
+        costs = [path["cost"] for path in seeds[0]["ways"]["all terms"]["paths"]]
+        shown = [0, min(range(len(costs)), key=lambda place: abs(costs[place] - 0.7)), len(costs) - 1]
+        used = recipe[name]
+        teacher = "a frozen copy of the dense network" if used["frozen_teacher"] else "the full path, which goes on learning from the labels"
+        lines += [
+            f"## {name}",
+            "",
+            f"{len(seeds)} seeds, {seeds[0]['images']} images seen while taught, in batches of {used['batch']}; {seeds[0]['samples']} to judge on. What",
+            f"teaches is {teacher}; weights 1, features {used['feature_weight']:g}, slack {recipe['slack']:g}.",
+            "",
+            "| way | " + " | ".join(f"path at {costs[place]:.2f}" for place in shown) + " | area | beside all terms |",
+            "|---" * (len(shown) + 3) + "|",
+        ]
+        for way in seeds[0]["ways"]:
+            paths = [spread([seed["ways"][way]["paths"][place]["accuracy"] for seed in seeds]) for place in shown]
+            areas, beside = ([seed["ways"][each]["area"] for seed in seeds] for each in (way, "all terms"))
+            differs = "" if way == "all terms" else spread([a - b for a, b in zip(areas, beside, strict=True)], "+.1f")
+            lines.append(f"| {way} | {' | '.join(paths)} | {spread(areas, '.2f')} | {differs} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def shelf() -> str:

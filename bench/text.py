@@ -41,7 +41,7 @@ class Allowance:
     healing_rate: float
 
 
-ALLOWANCES = {"sst2": Allowance(2.0, 1e-4, 6.0, 1e-4), "clinc150": Allowance(4.0, 3e-4, 6.0, 2e-4), "banking77": Allowance(3.0, 3e-4, 6.0, 2e-4)}
+ALLOWANCES = {"sst2": Allowance(2.0, 1e-4, 6.0, 1e-4), "clinc150": Allowance(4.0, 3e-4, 6.0, 1e-4), "banking77": Allowance(4.0, 3e-4, 3.0, 1e-4)}
 
 
 def classifier(source: Source, classes: int) -> Network:

@@ -358,7 +358,8 @@ def check_one_file_one_test(shelf: File, tests: File) -> None:
             else:
                 continue
             for module in modules:
-                allowed = module.startswith(("apportion.vocab.", "apportion.errors.", "apportion.methods.slots.")) or module == "apportion.methods.ops"
+                lower = ("apportion.vocab.", "apportion.errors.", "apportion.methods.slots.", "apportion.methods.task.")
+                allowed = module.startswith(lower) or module == "apportion.methods.ops"
                 assert allowed or not module.startswith(("apportion", ".")), f"{name} imports {module}"
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from apportion.control.labels import acceptable
 from apportion.control.policy import choose
 from apportion.control.rules import static_hull, taken
 from apportion.errors import ControlError
@@ -35,11 +36,6 @@ class Bounds(NamedTuple):
     fano: Fano
 
 
-def acceptable(correct: Tensor) -> Tensor:
-    """Where a rung loses nothing: it is right, or the full path is wrong as well. The last rung always is. Shapes: (n, k) -> (n, k) bool."""
-    return correct | ~correct[:, -1:]
-
-
 def acceptable_chance(right: Tensor) -> Tensor:
     """The highest chance of being acceptable that agrees with these chances of being right: 1 - max(0, P(full right) - P(rung right)).
 
@@ -56,7 +52,7 @@ def oracle_bound(outcomes: Outcomes, violation: float) -> float:
     """
     _check_share(violation)
     cost = outcomes.cost.double()
-    need = cost[acceptable(outcomes.correct).int().argmax(1)]
+    need = cost[acceptable(outcomes.quality).int().argmax(1)]
     saved = (need - cost[0]).sort(descending=True).values
     waived = (violation * len(need) - torch.arange(len(need), dtype=torch.float64)).clamp(0, 1)
     return ((need.sum() - waived @ saved) / len(need)).item()
@@ -169,7 +165,7 @@ def bounds(outcomes: Outcomes, chance: Tensor, choice: Tensor) -> Bounds:
     Raises ControlError as `information_bound`. Cost: 80 decisions for each sample.
     """
     cost, accuracy, _ = taken(outcomes, choice)
-    violation = 1 - acceptable(outcomes.correct).gather(1, choice[:, None]).double().mean().item()
+    violation = 1 - acceptable(outcomes.quality).gather(1, choice[:, None]).double().mean().item()
     return Bounds(
         cost,
         accuracy,

@@ -15,11 +15,11 @@ from apportion.control.rules import out_of_reach
 from apportion.errors import ControlError
 from apportion.vocab import Outcomes
 
-KNOTS = 129
+KNOTS = 257  # evenly spaced in ratio: a budget lies at most this ratio above one whose thresholds are known
 POINTS = 33  # of a calibration curve
 PRICES = torch.logspace(-3, 2, 61, dtype=torch.float64)  # points of accuracy (0..1) that the full path's cost is worth
 SWEEPS = 3  # over all checkpoints at each price: the thresholds before one decide who comes to it
-PARTS = 8  # between the thresholds of two prices
+STEPS = 512  # from one set of thresholds to the next, at most this part of the rows more leaves at a checkpoint
 NEVER, ALWAYS = 2.0, -1.0  # margins lie in 0..1
 
 
@@ -28,8 +28,8 @@ class Cascade(nn.Module):
 
     Source: Teerapittayanon et al. 2016, "BranchyNet", arXiv 1709.01686, section III (leave when sure); here the thresholds of all checkpoints are placed
     together, for a price on compute, by backward induction. The rungs must each begin with the one before. The budget is a target for the mean cost,
-    never passed on the calibration rows, and a little of it left where thresholds move in steps; the cap is a ceiling that no sample passes. Both are
-    shares of the full path. A sample's choice depends on that sample alone. Shapes: k rungs, hence k - 1 checkpoints.
+    never passed on the calibration rows and met within 2 % there, where rows are many and their margins differ; the cap is a ceiling that no sample
+    passes. Both are shares of the full path. A sample's choice depends on that sample alone. Shapes: k rungs, hence k - 1 checkpoints.
     When not to use it: where rungs do not build on each other, or where even the cheapest answer has to be chosen before anything has run.
     """
 
@@ -110,14 +110,14 @@ def fit_cascade(outcomes: Outcomes, *, fit_rows: Tensor, calibrate_rows: Tensor)
     spent = torch.stack([fit_cost(held, row) for row in thresholds])
     # A path through thresholds passes mean costs that differ a little from row to row: the dearest so far holds for all before it.
     spent = spent.cummax(0).values
-    wanted = torch.linspace(outcomes.cost[0].item(), outcomes.cost[-1].item(), KNOTS, dtype=torch.float64)
+    wanted = outcomes.cost[0].double() * (outcomes.cost[-1] / outcomes.cost[0]).double() ** torch.linspace(0, 1, KNOTS, dtype=torch.float64)
     place = (torch.searchsorted(spent, wanted, right=True) - 1).clamp_min(0)
     place[0], place[-1] = 0, len(spent) - 1
     cascade.thresholds.copy_(thresholds[place])
     cascade.budgets.copy_(spent[place])
     cascade.budgets[0], cascade.budgets[-1] = outcomes.cost[0], outcomes.cost[-1]
     for rung in range(len(outcomes.cost)):
-        cascade.margins[rung], cascade.chances[rung] = _calibrated(held.margin[:, rung], held.correct[:, rung])
+        cascade.margins[rung], cascade.chances[rung] = _calibrated(held.margin[:, rung], held.quality[:, rung])
     return cascade.eval()
 
 
@@ -128,7 +128,7 @@ def fit_cost(outcomes: Outcomes, thresholds: Tensor) -> Tensor:
 
 def place_thresholds(outcomes: Outcomes, price: float, start: Tensor) -> Tensor:
     """Thresholds (k - 1,) that make these rows worth most at this price, from `start` on; no threshold moved alone makes them worth more."""
-    worth = outcomes.correct.double() - price * outcomes.cost.double()
+    worth = outcomes.quality.double() - price * outcomes.cost.double()
     thresholds, margin = start.clone(), outcomes.margin
     for _ in range(SWEEPS):
         before = thresholds.clone()
@@ -168,17 +168,19 @@ def _dense(outcomes: Outcomes) -> Tensor:
         shares.append((margin[:, :-1] >= thresholds).double().mean(0))
     ends = torch.zeros_like(shares[0]), torch.cat([torch.ones_like(shares[0][:1]), shares[-1][1:]])
     path = torch.stack([ends[0], *shares, ends[1]]).cummax(0).values
-    steps = torch.arange(PARTS, dtype=torch.float64)[:, None] / PARTS
-    between = torch.cat([torch.lerp(a, b, steps) for a, b in pairwise(path)] + [path[-1:]]).unique_consecutive(dim=0).flip(0)
+    # As many steps as the way is long: between two prices thresholds may jump, and with them what is spent.
+    parts = (path.diff(dim=0).amax(1) * min(STEPS, len(margin))).ceil().long().tolist()
+    steps = [torch.arange(part, dtype=torch.float64)[:, None] / part for part in parts]
+    between = torch.cat([torch.lerp(a, b, step) for (a, b), step in zip(pairwise(path), steps, strict=True)] + [path[-1:]]).flip(0)
     ordered = margin[:, :-1].sort(0, descending=True).values
     least = ordered.gather(0, (between * len(margin)).round().long().sub(1).clamp_min(0))
     return least.masked_fill(between * len(margin) < 0.5, NEVER).masked_fill(between == 1, ALWAYS)
 
 
-def _calibrated(margin: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+def _calibrated(margin: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
     """A curve (points,), (points,) from margin to the share that is right there: isotonic regression at even ranks."""
     points = torch.quantile(margin.double(), torch.linspace(0, 1, POINTS, dtype=torch.float64))
-    found = IsotonicRegression(out_of_bounds="clip").fit(margin.double().numpy(), correct.double().numpy()).predict(points.numpy())
+    found = IsotonicRegression(out_of_bounds="clip").fit(margin.double().numpy(), quality.double().numpy()).predict(points.numpy())
     return points.float(), torch.from_numpy(found).float()
 
 

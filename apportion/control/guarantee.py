@@ -20,6 +20,7 @@ from apportion.vocab import Outcomes
 SLACK = 1e-4  # part of every p-value: the chance that the share of won rows lies outside the range that is searched
 CELLS = 200  # of that range; more make the p-value slightly smaller
 HALVINGS = 12
+LEVEL = 0.1  # for which the stakes of a bet are set; other levels are as valid, only less likely to be reached
 
 Array = NDArray[np.float64]
 
@@ -44,6 +45,27 @@ class Pairs(NamedTuple):
     def discordant_points(self) -> float:
         """Percentage of these rows on which exactly one of the two is right."""
         return 100 * (self.lost + self.won) / self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What each row loses against the reference where answers are more or less good, (n,), -1 to 1; wins are negative."""
+
+    each: Array
+
+    @property
+    def rows(self) -> int:
+        return len(self.each)
+
+    @property
+    def drop_points(self) -> float:
+        """Hundredths of the measure lost on these rows."""
+        return 100 * float(self.each.mean())
+
+    @property
+    def discordant_points(self) -> float:
+        """Mean square in percent: where answers are right or wrong, the share of rows on which exactly one is right."""
+        return 100 * float((self.each**2).mean())
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +107,27 @@ def most_lost(won: Array, *, rows: int, tolerance: float, at: float) -> Array:
     return low
 
 
-def p_value(pairs: Pairs, tolerance_points: float) -> float:
-    """How likely rows at least as favourable as these would be, if the drop were above `tolerance_points`; valid for every number of rows.
+def p_value(found: Pairs | Losses, tolerance_points: float) -> float:
+    """How likely rows at least as favourable as these would be, if the drop were above `tolerance_points`; valid for every number of rows."""
+    return _exact(found, tolerance_points) if isinstance(found, Pairs) else _betting(found.each, tolerance_points / 100)
+
+
+def _betting(losses: Array, tolerance: float) -> float:
+    """1 / the most that a gambler who stakes on small losses ever owns: had losses a mean above `tolerance`, he would not grow rich.
+
+    Waudby-Smith and Ramdas, 2024 (JRSS B 86, arXiv 2010.09686), section 4: stakes are set before each row from the spread of those before it; by Ville's
+    inequality valid for every number of rows and every distribution. Rows are shuffled by a fixed seed first, since files are often sorted.
+    """
+    won, fair = (1 - losses[np.random.default_rng(0).permutation(len(losses))]) / 2, (1 - tolerance) / 2
+    count = np.arange(1, len(won) + 1)
+    mean = (0.5 + won.cumsum()) / (count + 1)
+    spread = np.concatenate(([0.25], (0.25 + ((won - mean) ** 2).cumsum()) / (count + 1)))[:-1]
+    stake = np.sqrt(2 * math.log(1 / LEVEL) / (len(won) * spread)).clip(max=0.75 / fair)
+    return float(min(1.0, np.exp(-np.log1p(stake * (won - fair)).cumsum().max())))
+
+
+def _exact(pairs: Pairs, tolerance_points: float) -> float:
+    """How likely rows at least as favourable as these would be, if the drop were above `tolerance_points`.
 
     Disagreement: the exact binomial tail. Accuracy: the exact unconditional test of non-inferiority of paired shares, ordered by the score
     (Sidik, 2003, Statistics in Medicine 22), with the range of the unknown share of won rows cut to a confidence interval (Berger and Boos, 1994,
@@ -118,7 +159,7 @@ def p_value(pairs: Pairs, tolerance_points: float) -> float:
     return min(1.0, SLACK + float(((chance * within).sum(1) + outside[:, 0]).max()))
 
 
-def certifiable_tolerance(pairs: Pairs, *, delta: float) -> float:
+def certifiable_tolerance(pairs: Pairs | Losses, *, delta: float) -> float:
     """The tightest tolerance in percentage points that these rows certify at 1 - `delta`, the upper bound of the drop; never below 0.
 
     A tolerance picked by looking at this figure needs fresh rows to be promised. Cost: `HALVINGS` p-values.
@@ -145,14 +186,16 @@ def rows_needed(tolerance_points: float, *, drop_points: float, discordant_point
     return math.ceil(max(without_losses, ((level * at_tolerance + reach * math.sqrt(max(0.0, discordant - drop**2))) / gap) ** 2))
 
 
-def compared(outcomes: Outcomes, choice: Tensor, *, reference: Tensor | None = None, agreement: bool = False) -> Pairs:
-    """Counts of lost and won rows for these rungs: against `reference` (n,) bool, else the full path; or of disagreements with the full path."""
-    rows = len(outcomes.correct)
+def compared(outcomes: Outcomes, choice: Tensor, *, reference: Tensor | None = None, agreement: bool = False) -> Pairs | Losses:
+    """What these rungs lose against `reference` (n,), else the full path, in counts where all is right or wrong; or how often they disagree with it."""
+    rows = len(outcomes.quality)
     at = choice[:, None]
     if agreement:
         return Pairs(int((~outcomes.agree.gather(1, at)).sum()), 0, rows, winnable=False)
-    right, ours = outcomes.correct[:, -1] if reference is None else reference, outcomes.correct.gather(1, at)[:, 0]
-    return Pairs(int((right & ~ours).sum()), int((ours & ~right).sum()), rows)
+    theirs, ours = (outcomes.quality[:, -1] if reference is None else reference).double(), outcomes.quality.gather(1, at)[:, 0].double()
+    if bool((((theirs == 0) | (theirs == 1)) & ((ours == 0) | (ours == 1))).all()):
+        return Pairs(int((theirs > ours).sum()), int((ours > theirs).sum()), rows)
+    return Losses((theirs - ours).numpy())
 
 
 def certify(
@@ -170,7 +213,7 @@ def certify(
     Learn then Test (Angelopoulos, Bates, Candès, Jordan and Lei, 2021, arXiv 2110.01052), as CALM does for early exit (Schuster et al., 2022,
     arXiv 2207.07061): budgets are tested from the dearest down, each at level `delta`, and the first that fails ends it, so that a false
     certificate has at most the chance `delta`. `choose(budget)` gives the rung of each row, (n,). What falls is accuracy against the full path,
-    against `reference` (n,) bool where another network's answers are the measure, or with `agreement` the share that answers as the full path does.
+    against `reference` (n,) where another network's answers are the measure, or with `agreement` the share that answers as the full path does.
 
     The rows must be a random sample of what will be served, must have had no part in anything that was learned or picked, and count once:
     trying again on them until it passes voids the promise. `budgets` and tolerance are fixed before the rows are seen.
@@ -179,7 +222,7 @@ def certify(
     """
     check_options(tolerance_points, budgets, delta)
     check_reference(outcomes, reference, agreement)
-    passed: tuple[float, Pairs, float, float] | None = None
+    passed: tuple[float, Pairs | Losses, float, float] | None = None
     for budget in sorted(set(budgets), reverse=True):
         choice = choose(budget)
         check_choice(outcomes, choice)
@@ -198,7 +241,7 @@ def certify(
     return Certificate(budget, cost, tolerance_points, 1 - delta, p, pairs.rows, pairs.drop_points, pairs.discordant_points, upper)
 
 
-def too_few(pairs: Pairs, tolerance_points: float, budget: float, delta: float) -> ControlError:
+def too_few(pairs: Pairs | Losses, tolerance_points: float, budget: float, delta: float) -> ControlError:
     """The error for rows that certify nothing: what they would certify at the first budget that failed, and how many rows would do."""
     can = f"At this budget these rows certify {certifiable_tolerance(pairs, delta=delta):.2f} points"
     if pairs.drop_points < tolerance_points:
@@ -229,14 +272,14 @@ def check_reference(outcomes: Outcomes, reference: Tensor | None, agreement: boo
         return
     if agreement:
         raise PlanError("a reference and agreement", wanted="one measure", do="Leave out one: agreement is with the full path.")
-    rows = len(outcomes.correct)
-    if reference.dtype != torch.bool or reference.shape != (rows,):
-        raise ControlError(f"a reference {reference.dtype} {tuple(reference.shape)}", wanted=f"bool ({rows},)", do="Answer the same samples with it.")
+    rows = len(outcomes.quality)
+    if reference.shape != (rows,) or not bool(((reference >= 0) & (reference <= 1)).all()):
+        raise ControlError(f"a reference of shape {tuple(reference.shape)}", wanted=f"({rows},), 0 to 1", do="Answer the same samples with it.")
 
 
 def check_choice(outcomes: Outcomes, choice: Tensor) -> None:
     """Raises ControlError for choices that are not one rung of the ladder for each row."""
-    rows, rungs = outcomes.correct.shape
+    rows, rungs = outcomes.quality.shape
     if choice.shape != (rows,) or choice.dtype != torch.int64 or not 0 <= int(choice.min()) <= int(choice.max()) < rungs:
         raise ControlError(
             f"choices {choice.dtype} {tuple(choice.shape)}", wanted=f"({rows},) int64, from 0 to {rungs - 1}", do="Choose one rung of the ladder for each row."

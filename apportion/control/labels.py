@@ -1,4 +1,4 @@
-"""From a table of right and wrong answers to how much compute each sample needs, and what each rung earns on it."""
+"""From a table of how good answers are to how much compute each sample needs, and what each rung earns on it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ from apportion.errors import ControlError
 from apportion.vocab import Outcomes
 
 FEWEST_ROWS = 40  # below this an inner split leaves nothing to stop by
+ALIKE = 0.01  # quality that nobody misses, where it has more values than right and wrong
 
 
-def stable_correct(ok: Tensor) -> tuple[Tensor, Tensor]:
-    """The cheapest rung from which on every dearer rung is right too, and whether there is one.
+def acceptable(quality: Tensor) -> Tensor:
+    """Where a rung loses nothing: it is right, or the full path is wrong as well; graded quality may fall by ALIKE. (n, k) -> (n, k) bool."""
+    return quality.float() >= quality[:, -1:].float() - ALIKE
 
-    Asking for all dearer rungs removes lucky hits. Where the last rung is wrong no rung qualifies: the answer is rung 0, since more
-    compute does not help, and `solvable` is False. Shapes: ok (n, k) bool -> rung (n,) int64, solvable (n,) bool. Cost: O(n k).
+
+def stable_correct(quality: Tensor) -> tuple[Tensor, Tensor]:
+    """The cheapest rung from which on no rung loses anything against the full path, and whether the full path is any good.
+
+    Asking for all dearer rungs removes lucky hits. Where the full path is worth nothing every rung qualifies: the answer is rung 0, since more
+    compute does not help, and `solvable` is False. Shapes: (n, k) -> rung (n,) int64, solvable (n,) bool. Cost: O(n k).
     """
-    stable = ok.flip(1).int().cummin(1).values.flip(1)
-    solvable = ok[:, -1].clone()
-    return torch.where(solvable, stable.argmax(1), 0), solvable
+    stable = acceptable(quality).flip(1).int().cummin(1).values.flip(1)
+    return stable.argmax(1), quality[:, -1] > 0
 
 
-def task_reward(correct: Tensor, *, penalty: float) -> Tensor:
-    """What each rung earns on each sample: 1 if right, -penalty if wrong where the full path is right, else 0; divided by 1 + penalty.
+def task_reward(quality: Tensor, *, penalty: float) -> Tensor:
+    """What each rung earns on each sample: its quality, less `penalty` times what it loses against the full path; divided by 1 + penalty.
 
-    The division makes a step from avoidable error to right worth exactly 1, the scale of a probability. Shapes: (n, k) bool -> (n, k).
+    Right is thus worth 1, wrong 0, and wrong where the full path is right -penalty; the division makes a step from avoidable error to right worth
+    exactly 1, the scale of a probability. Shapes: (n, k) -> (n, k).
     """
-    avoidable = ~correct & correct[:, -1:]
-    return (correct.float() - penalty * avoidable.float()) / (1.0 + penalty)
+    quality = quality.float()
+    return (quality - penalty * (quality[:, -1:] - quality).clamp_min(0)) / (1.0 + penalty)
 
 
 def folds(rows: int, parts: int, *, seed: int) -> tuple[Tensor, ...]:
@@ -38,7 +44,7 @@ def folds(rows: int, parts: int, *, seed: int) -> tuple[Tensor, ...]:
 
 def check_table(outcomes: Outcomes) -> None:
     """Raises ControlError where nothing can be learned: too few rows or rungs, one cost for all, a signal that is not finite (names the row)."""
-    rows, rungs = outcomes.correct.shape
+    rows, rungs = outcomes.quality.shape
     if rows < FEWEST_ROWS or rungs < 2:
         raise ControlError(
             f"a table of {rows} samples and {rungs} rungs",

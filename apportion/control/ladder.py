@@ -113,11 +113,11 @@ def _blends(space: Space, glance: int) -> list[tuple[int, ...]]:
     return [widths for blend in rising for widths in (blend, blend[::-1])]
 
 
-def choose_rungs(accuracy: Tensor, cost: Tensor, limit: int, *, gap: float = 0.04, floor: float = 0.5, correct: Tensor | None = None) -> list[int]:
+def choose_rungs(accuracy: Tensor, cost: Tensor, limit: int, *, gap: float = 0.04, floor: float = 0.5, quality: Tensor | None = None) -> list[int]:
     """Which paths to serve: Pareto-optimal in cost and accuracy, `gap` of the full cost apart, at most `limit`, cheapest first, full last.
 
     Always in: the last (full) and the cheapest that gets at least `floor` of the full path's accuracy. The others are added greedily:
-    with the table `correct` (n, k), whichever lowers the mean cost of the stable-correct oracle most, over samples the full path
+    with the table `quality` (n, k), whichever lowers the mean cost of the stable-correct oracle most, over samples the full path
     gets right; without, whichever raises the accuracy of the best single path over all budgets most. Paths dearer than full are out.
     Shapes: accuracy (k,), cost (k,) -> indices. Raises ControlError for a limit below 2. Cost: limit x k oracles.
     """
@@ -127,7 +127,7 @@ def choose_rungs(accuracy: Tensor, cost: Tensor, limit: int, *, gap: float = 0.0
     share = (cost / cost[last]).tolist()
     right = accuracy.tolist()
     useful = [index for index in _pareto(share, right) if share[index] <= 1 - gap and right[index] >= floor * right[last]]
-    value = _staircase(share, right) if correct is None else _oracle_saving(torch.tensor(share), correct)
+    value = _staircase(share, right) if quality is None else _oracle_saving(torch.tensor(share), quality)
     chosen, reached = [*useful[:1], last], 0.0
     while len(chosen) < limit:
         apart = [index for index in useful if all(abs(share[index] - share[other]) >= gap for other in chosen)]
@@ -162,9 +162,9 @@ def _staircase(cost: list[float], accuracy: list[float]) -> Callable[[list[int]]
     return area
 
 
-def _oracle_saving(cost: Tensor, correct: Tensor) -> Callable[[list[int]], float]:
+def _oracle_saving(cost: Tensor, quality: Tensor) -> Callable[[list[int]], float]:
     """Minus the mean cost of the stable-correct oracle; samples that the full path gets wrong would all count as the cheapest, so they are left out."""
-    solvable = correct[correct[:, -1]]
+    solvable = quality[quality[:, -1] > 0]
 
     def saving(rungs: list[int]) -> float:
         index = torch.tensor(rungs)

@@ -62,10 +62,10 @@ def operating_point(choose: Callable[[float], Tensor], outcomes: Outcomes, toler
     The interval is a paired bootstrap; the point was picked on these very rows, so it describes and does not guarantee.
     Raises ControlError when no budget holds the tolerance. Cost: `steps` passes of the controller.
     """
-    full = outcomes.correct[:, -1].double()
+    full = outcomes.quality[:, -1].double()
     budgets = torch.linspace(outcomes.cost[0].item(), outcomes.cost[-1].item(), steps + 1).tolist()
     choices = [choose(budget) for budget in budgets]
-    lost = torch.stack([100 * (full - outcomes.correct.gather(1, choice[:, None])[:, 0].double()) for choice in choices], 1)
+    lost = torch.stack([100 * (full - outcomes.quality.gather(1, choice[:, None])[:, 0].double()) for choice in choices], 1)
     drop = lost.mean(0)
     drop[1:] = torch.from_numpy(IsotonicRegression(increasing=False).fit_transform(budgets[1:], drop[1:].numpy()))
     holding = (drop <= tolerance_points).nonzero()
@@ -96,8 +96,8 @@ def adaptive_gain(outcomes: Outcomes, choice: Tensor) -> tuple[float, float, flo
 
     The hull is drawn again from each resample: its own noise belongs to the answer. Shapes: choice (n,) -> (gain, low, high).
     """
-    spent, right = outcomes.cost[choice].double(), outcomes.correct.gather(1, choice[:, None])[:, 0].double()
-    table = torch.cat([spent[:, None], right[:, None], outcomes.correct.double()], 1)
+    spent, right = outcomes.cost[choice].double(), outcomes.quality.gather(1, choice[:, None])[:, 0].double()
+    table = torch.cat([spent[:, None], right[:, None], outcomes.quality.double()], 1)
 
     def gain(means: Tensor) -> Tensor:
         return 100 * (means[..., 1] - envelope(outcomes.cost, means[..., 2:], means[..., 0]))

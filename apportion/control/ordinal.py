@@ -26,13 +26,13 @@ class Predictor(Protocol):
     def __call__(self, signal: Tensor) -> Tensor: ...
 
 
-def cumulative(ok: Tensor) -> Tensor:
+def cumulative(quality: Tensor) -> Tensor:
     """Whether each rung is right and every dearer one too: the stable-correct label as ordinal targets, non-decreasing along the ladder.
 
-    Shapes: (n, k) bool -> (n, k) bool; a row without a stable rung is False throughout.
+    Shapes: (n, k) -> (n, k) bool; a row without a stable rung is False throughout.
     """
-    rung, solvable = stable_correct(ok)
-    return solvable[:, None] & (torch.arange(ok.shape[1], device=ok.device) >= rung[:, None])
+    rung, solvable = stable_correct(quality)
+    return solvable[:, None] & (torch.arange(quality.shape[1], device=quality.device) >= rung[:, None])
 
 
 def running_maximum(chance: Tensor) -> Tensor:

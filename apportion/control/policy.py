@@ -86,7 +86,7 @@ def fit_policy(
     """
     check_table(outcomes)
     standard, believed = complexity.standardise(outcomes.signal), complexity(outcomes.signal).detach()
-    reward, cost = task_reward(outcomes.correct, penalty=penalty), outcomes.cost.float()
+    reward, cost = task_reward(outcomes.quality, penalty=penalty), outcomes.cost.float()
     grid = torch.linspace(cost[0].item(), cost[-1].item(), budgets + 2)[1:-1]
     held, *rest = folds(len(reward), 5, seed=seed + 1)
     train = torch.cat(rest)

@@ -23,7 +23,7 @@ class Result(NamedTuple):
 
 def taken(outcomes: Outcomes, choice: Tensor) -> Result:
     """Cost and accuracy of running these rungs."""
-    accuracy = outcomes.correct.gather(1, choice[:, None]).double().mean()
+    accuracy = outcomes.quality.gather(1, choice[:, None]).double().mean()
     return Result(outcomes.cost[choice].double().mean().item(), accuracy.item(), choice)
 
 
@@ -72,13 +72,13 @@ def best_static(outcomes: Outcomes, budget: float) -> Result:
     within = outcomes.cost <= budget
     if not bool(within.any()):
         raise out_of_reach(budget, outcomes.cost)
-    rung = outcomes.correct.double().mean(0).masked_fill(~within, -1).argmax()
+    rung = outcomes.quality.double().mean(0).masked_fill(~within, -1).argmax()
     return taken(outcomes, rung.expand(len(outcomes.signal)))
 
 
 def static_hull(outcomes: Outcomes) -> Hull:
     """The rungs that no mixture of others beats."""
-    cost, accuracy = outcomes.cost.double(), outcomes.correct.double().mean(0)
+    cost, accuracy = outcomes.cost.double(), outcomes.quality.double().mean(0)
     on_top = accuracy >= envelope(cost, accuracy.expand(len(cost), -1), cost) - 1e-12
     return Hull(cost[on_top], accuracy[on_top])
 
@@ -88,7 +88,7 @@ def random_at(outcomes: Outcomes, budget: float) -> Result:
 
     The strongest random rule is `static_hull(outcomes).interpolate(budget)`. Raises ControlError below the cheapest.
     """
-    cost, accuracy = outcomes.cost.double(), outcomes.correct.double().mean(0)
+    cost, accuracy = outcomes.cost.double(), outcomes.quality.double().mean(0)
     if budget < cost[0]:
         raise out_of_reach(budget, cost)
     budget = min(budget, cost[-1].item())
@@ -111,9 +111,9 @@ def confidence_cascade(outcomes: Outcomes, thresholds: Tensor, reuse: Tensor) ->
 
 def oracle(outcomes: Outcomes) -> Result:
     """The stable-correct rung of each sample: what a controller with perfect foresight would spend to answer as well as the full path."""
-    return taken(outcomes, stable_correct(outcomes.correct)[0])
+    return taken(outcomes, stable_correct(outcomes.quality)[0])
 
 
 def label_peeking_ceiling(outcomes: Outcomes) -> Result:
     """The cheapest rung that happens to be right, lucky hits included. Not a policy: it reads the label. Never report it as one."""
-    return taken(outcomes, outcomes.correct.int().argmax(1))
+    return taken(outcomes, outcomes.quality.argmax(1))

@@ -19,7 +19,7 @@ from apportion.vocab import Outcomes
 DEPTH = 3  # comparisons from root to leaf
 ROUNDS = 80  # trees for each rung at most
 PATIENCE = 10
-GROW = {"objective": "binary", "learning_rate": 0.1, "max_depth": DEPTH, "num_leaves": 2**DEPTH, "min_data_in_leaf": 20, "lambda_l2": 1.0}
+GROW = {"learning_rate": 0.1, "max_depth": DEPTH, "num_leaves": 2**DEPTH, "min_data_in_leaf": 20, "lambda_l2": 1.0}
 SAME = {"deterministic": True, "force_row_wise": True, "num_threads": 1, "boost_from_average": False, "use_missing": False, "verbosity": -1}
 
 
@@ -112,8 +112,8 @@ def fit_trees(outcomes: Outcomes, *, seed: int, under_weight: float = 1.0, ordin
     check_table(outcomes)
     held, *rest = folds(len(outcomes.signal), 5, seed=seed)
     train = torch.cat(rest)
-    target = cumulative(outcomes.correct) if ordinal else outcomes.correct
-    weight = 1.0 + (under_weight - 1.0) * (~target & outcomes.correct[:, -1:]).float()
+    target = cumulative(outcomes.quality).float() if ordinal else outcomes.quality
+    weight = 1.0 + (under_weight - 1.0) * (outcomes.quality[:, -1:] - target).clamp_min(0)
     signal = outcomes.signal.float()
     model = Trees(features=signal.shape[1], rungs=target.shape[1], trees=0)
     model.mean.copy_(signal[train].mean(0))
@@ -140,7 +140,7 @@ def _grow(
     lightgbm: ModuleType, standard: np.ndarray, target: np.ndarray, weight: np.ndarray, *, base: float, train: np.ndarray, held: np.ndarray, seed: int
 ) -> list[dict[str, Any]]:
     """The trees of one rung up to the best round, as LightGBM tells them; none where all answers are alike."""
-    if target[train].all() or not target[train].any():
+    if target[train].min() == target[train].max():
         return []
 
     def part(rows: np.ndarray, reference: Any = None) -> Any:
@@ -149,7 +149,8 @@ def _grow(
 
     first = part(train)
     stop = lightgbm.early_stopping(PATIENCE, verbose=False)
-    booster = lightgbm.train({**GROW, **SAME, "seed": seed}, first, ROUNDS, valid_sets=[part(held, first)], callbacks=[stop])
+    objective = "binary" if set(np.unique(target)) <= {0.0, 1.0} else "cross_entropy"
+    booster = lightgbm.train({"objective": objective, **GROW, **SAME, "seed": seed}, first, ROUNDS, valid_sets=[part(held, first)], callbacks=[stop])
     return [tree["tree_structure"] for tree in booster.dump_model(num_iteration=booster.best_iteration)["tree_info"]]
 
 

@@ -23,9 +23,9 @@ from apportion.engine import Backend, Build, Engine, Lengths, Relay, Routed, bui
 from apportion.errors import BundleError, PlanError
 from apportion.intake import Feed, Tokenise
 from apportion.measure.doctor import fingerprint
-from apportion.methods import ops
+from apportion.methods.task import sureness
 from apportion.network import Network
-from apportion.vocab import Answer, Budget, Ladder, Tokens
+from apportion.vocab import Answer, Budget, Ladder, Task, Tokens
 
 Inputs = Tensor | np.ndarray | Sequence[Image.Image] | Sequence[str | File] | Sequence[tuple[str, str]] | Sequence[tuple[Any, int]]
 
@@ -47,13 +47,14 @@ class Decide(nn.Module):
 class Checkpoint(nn.Module):
     """A stretch of the full path and how sure its answer is, as one graph: inputs or tokens -> (tokens, logits, margin)."""
 
-    def __init__(self, station: nn.Module) -> None:
+    def __init__(self, station: nn.Module, task: Task) -> None:
         super().__init__()
         self.station = station
+        self.task: Task = task
 
     def forward(self, given: Tensor | Tokens) -> tuple[Tokens, Tensor, Tensor]:
         tokens, logits = self.station(given)
-        return tokens, logits, ops.margin(logits)
+        return tokens, logits, sureness(logits, self.task)
 
 
 def routed(
@@ -74,7 +75,7 @@ def routed(
         form = {"gmacs": cost.float(), "buckets": buckets, "backend": backend, "input_shape": shape, "dtype": dtype, "fill": fill, "make": make}
         if isinstance(controller, Cascade):
             exits = [0, *(len(path.steps) for path in ladder.paths)]
-            stations = [Checkpoint(network.station(first, last)) for first, last in pairwise(exits)]
+            stations = [Checkpoint(network.station(first, last), a.task) for first, last in pairwise(exits)]
             return Relay(stations=stations, limits=controller.thresholds_at, **form)
         decide = Decide(network.glance(ladder.glance), controller)
         rungs = [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths]

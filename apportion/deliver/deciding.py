@@ -37,7 +37,7 @@ from apportion.measure.doctor import device
 from apportion.measure.forecast import forecast
 from apportion.measure.outcomes import Look, measure_outcomes
 from apportion.measure.outcomes import look as look_at
-from apportion.methods import ops
+from apportion.methods.task import said, sureness
 from apportion.network import Network
 from apportion.vocab import Ladder, Outcomes, Plan
 
@@ -63,7 +63,7 @@ def choose_ladder(
         tell(f"times foretold from {times.points} that were measured: {100 * times.error:.1f} % off on paths left out, {100 * times.worst:.1f} % at worst")
         ms = torch.tensor([times.ms(network, path, max(buckets)) for path in tried], dtype=cost.dtype)
         cost = ms / ms[-1]
-    chosen = choose_rungs(table.correct.double().mean(0), cost, plan.rungs, correct=table.correct)
+    chosen = choose_rungs(table.quality.double().mean(0), cost, plan.rungs, quality=table.quality)
     return Ladder(tuple(tried[index] for index in sorted(chosen)), plan.glance)  # cheapest first in multiply-adds: the table's order
 
 
@@ -103,7 +103,7 @@ def control(
     fitted, placed = table(ladder, parts.decide, decision), table(ladder, parts.place, decision)
     # The tolerance is against the model that was read, so what healing gave or took at full counts too.
     before = outcomes(reference, Ladder((reference.space.full,), 0), parts.place, feed)
-    lost = 100 * (before.correct.double().mean() - placed.correct[:, -1].double().mean()).item()
+    lost = 100 * (before.quality.double().mean() - placed.quality[:, -1].double().mean()).item()
     first, controller, point = settle(fitted, placed, plan.tolerance - lost, learn=stopping if checkpoints else partial(learned, seed=plan.seed))
     ladder = Ladder(ladder.paths[first:], plan.glance)
     tell(f"operating at {point.mean_cost:.3f} of the full path, on {len(ladder.paths)} paths")
@@ -111,12 +111,12 @@ def control(
     if plan.confidence > 0:
         if parts.certify is None:
             raise PlanError(f"confidence {plan.confidence:g} and nothing to certify on", wanted="samples that nothing else saw", do="Give Parts some.")
-        kept = outcomes(reference, Ladder((reference.space.full,), 0), parts.certify, feed).correct[:, 0]
+        kept = outcomes(reference, Ladder((reference.space.full,), 0), parts.certify, feed).quality[:, 0]
         certificate = certified(table(ladder, parts.certify, controller.macs), kept, controller, plan, least=point.budget)
         tell(f"certified at {certificate.mean_cost:.3f} of the full path: at most {plan.tolerance:g} points lost, with confidence {plan.confidence:g}")
     gmacs = [each / 1e9 for each in mean_rung_macs(network, ladder, over, decision=controller.macs, checkpoints=checkpoints)]
     seen = table(ladder, parts.report, controller.macs)
-    accuracy = seen.correct.double().mean(0).tolist()
+    accuracy = seen.quality.double().mean(0).tolist()
     bundle = Bundle(
         network=network,
         ladder=ladder,
@@ -152,7 +152,7 @@ def served(network: Network, ladder: Ladder, feed: Feed, plan: Plan, *, backend:
 
     def answers(inputs: Tensor, first: int) -> tuple[Tensor, Tensor]:
         logits = engine.every(inputs)[:, first:].float()
-        return ops.margin(logits), logits
+        return sureness(logits, network.architecture.task), logits
 
     return answers
 
@@ -203,7 +203,7 @@ def stopping(fit: Outcomes, held: Outcomes) -> Cascade:
 
 
 def _parts(fit: Outcomes, held: Outcomes) -> dict[str, Tensor]:
-    fit_rows, calibrate_rows = torch.arange(len(fit.correct) + len(held.correct)).split([len(fit.correct), len(held.correct)])
+    fit_rows, calibrate_rows = torch.arange(len(fit.quality) + len(held.quality)).split([len(fit.quality), len(held.quality)])
     return {"fit_rows": fit_rows, "calibrate_rows": calibrate_rows}
 
 
@@ -230,9 +230,10 @@ def outcomes(
     sizes = samples.sizes(feed)
     order = None if sizes is None else sizes.argsort(stable=True)  # texts of one length share a batch
     batches = (samples if order is None else samples.rows(order)).batches(BATCH, feed)
+    a = network.architecture
     if samples.labels is None and reference is not None:
-        batches = ((inputs, reference(inputs, reference.space.full).argmax(-1)) for inputs, _ in batches)
-    table = measure_outcomes(look, batches, cost=(cost / cost[-1]).float())
+        batches = ((inputs, said(reference(inputs, reference.space.full), a.task)) for inputs, _ in batches)
+    table = measure_outcomes(look, batches, cost=(cost / cost[-1]).float(), task=a.task, span=a.span)
     return table if order is None else table.rows(order.argsort())
 
 
@@ -247,5 +248,5 @@ def named(classes: tuple[str, ...], outputs: int) -> tuple[str, ...]:
 
 
 def joined(first: Outcomes, second: Outcomes) -> Outcomes:
-    columns = {name: torch.cat((getattr(first, name), getattr(second, name))) for name in ("signal", "correct", "agree", "loss", "margin")}
+    columns = {name: torch.cat((getattr(first, name), getattr(second, name))) for name in ("signal", "quality", "agree", "loss", "margin")}
     return Outcomes(**columns, cost=first.cost)

@@ -19,7 +19,7 @@ from apportion.intake import KINDS, ImageSet, Samples, TextSet, Tokenise
 from apportion.measure.doctor import device
 from apportion.measure.latency import Timing, realisation_ratio
 from apportion.measure.pictures import Point, merge_map
-from apportion.measure.quality import wilson
+from apportion.measure.quality import mean_interval
 from apportion.measure.report import Decision, Passage, PathRow, Picture, Report, Summary
 from apportion.vocab import Outcomes
 
@@ -33,14 +33,14 @@ def page(
     samples: Samples,
     seen: Outcomes,
     choice: Tensor,
-    dense_correct: Tensor,
+    dense_quality: Tensor,
     times: Mapping[int, Mapping[str, Timing]],
     peaks: Mapping[str, int],
     figures: Mapping[str, Any],
 ) -> Report:
     """The report: every point in both costs, what goes where, and what that looks like."""
     bundle, last = adapted.bundle, max(times)
-    full, n = bundle.rungs[-1].gmacs, len(choice)
+    full, n, metric = bundle.rungs[-1].gmacs, len(choice), figures["metric"]
     rung_ms = [times[last][f"rung {k}"].median_ms for k in range(len(bundle.rungs))]
 
     def ms(share: list[float]) -> float:
@@ -50,8 +50,8 @@ def page(
         """Milliseconds of a mix of paths at this mean cost, between the two neighbours."""
         return float(np.interp(cost, [rung.gmacs / full for rung in bundle.rungs], rung_ms))
 
-    dense_n = int(dense_correct.sum())
-    points = [Point("dense", 100 * dense_n / n, figures["gmacs_dense"], times[last]["dense"].median_ms, "dense", _interval(dense_n, n))]
+    dense, ours = dense_quality, seen.quality.gather(1, choice[:, None])[:, 0]
+    points = [Point("dense", _percent(dense), figures["gmacs_dense"], times[last]["dense"].median_ms, "dense", _interval(dense))]
     points += [Point("static", 100 * rung.accuracy, rung.gmacs, ms, f"rung {k}") for k, (rung, ms) in enumerate(zip(bundle.rungs, rung_ms, strict=True))]
     hull = static_hull(seen)
     points += [Point("hull", 100 * a, c * full, at(c)) for c, a in zip(hull.cost.tolist(), hull.accuracy.tolist(), strict=True)]
@@ -69,11 +69,11 @@ def page(
     best = oracle(seen)
     points.append(Point("oracle", 100 * best.accuracy, best.cost * full, at(best.cost)))
 
-    def whole(name: str, correct: int, gmacs: float) -> Summary:
+    def whole(name: str, quality: Tensor, gmacs: float) -> Summary:
         spent = {batch: found[name].median_ms for batch, found in times.items()}
-        return Summary(name, 100 * correct / n, _interval(correct, n), gmacs, spent, peaks[name])
+        return Summary(name, _percent(quality), _interval(quality), gmacs, spent, peaks[name])
 
-    summary = (whole("dense", dense_n, figures["gmacs_dense"]), whole("adaptive", round(figures["accuracy_adaptive"] * n), figures["gmacs_adaptive"]))
+    summary = (whole("dense", dense, figures["gmacs_dense"]), whole("adaptive", ours, figures["gmacs_adaptive"]))
     dense_ms = times[last]["dense"].median_ms
     rows = tuple(
         PathRow(
@@ -90,7 +90,7 @@ def page(
     drop, gain, certificate = figures["drop_points"], figures["adaptive_gain_points"], bundle.certificate
     against = "the labels" if samples.labels is not None else "the dense model's answers"
     notes = (
-        f"Accuracy is against {against} on {n} inputs that nothing was fitted on. "
+        f"{metric[0].upper()}{metric[1:]} is against {against} on {n} inputs that nothing was fitted on. "
         f"The drop is {drop['points']:.2f} points, 95 % interval {drop['low']:.2f} to {drop['high']:.2f}, paired.",
         f"Above the best static mix at the same mean cost by {gain['value']:.2f} points (95 % interval {gain['low']:.2f} to {gain['high']:.2f}).",
         "GMACs include the glance, its extra head and the controller. Milliseconds are medians per input, in turn with the dense model compiled alike.",
@@ -114,6 +114,7 @@ def page(
         notes += (f"Slower than dense here although cheaper: {'; '.join(figures['slower_than_dense'])}.",)
     conditions = {**{key: value for key, value in device().items() if isinstance(value, str | int | float)}, "dtype": "float32", "back-end": adapted.backend}
     return Report(
+        metric=metric,
         title=f"Adaptive {bundle.provenance.get('source', {}).get('source', 'network')}",
         summary=summary,
         paths=rows,
@@ -136,7 +137,7 @@ def decision(bundle: Bundle, seen: Outcomes, found: Mapping[str, Any]) -> Decisi
     tenths = said[:, 0].argsort(descending=True).tensor_split(BINS)
     costs = {"oracle": found["oracle"], "information bound (estimate)": found["information"], "this model": found["cost"], "hull, as accurate": found["hull"]}
     return Decision(
-        tuple((float(said.flatten()[rows].mean()), float(seen.correct.flatten()[rows].double().mean()), len(rows)) for rows in kept if len(rows)),
+        tuple((float(said.flatten()[rows].mean()), float(seen.quality.flatten()[rows].double().mean()), len(rows)) for rows in kept if len(rows)),
         tuple(tuple(shares_of(choice[rows], len(bundle.rungs))) for rows in tenths if len(rows)),
         {name: cost for name, cost in costs.items() if cost is not None},
     )
@@ -144,14 +145,16 @@ def decision(bundle: Bundle, seen: Outcomes, found: Mapping[str, Any]) -> Decisi
 
 def extremes(bundle: Bundle, samples: Samples, seen: Outcomes, choice: Tensor) -> list[tuple[Literal["easiest", "hardest"], int, str]]:
     """Group, row and caption of the inputs decided to be easiest and hardest."""
-    shown = list[tuple[Literal["easiest", "hardest"], int, str]]()
+    shown, task = list[tuple[Literal["easiest", "hardest"], int, str]](), bundle.network.architecture.task
     easy = torch.argsort(choice.double() - seen.margin[:, -1].double())
     groups: tuple[tuple[Literal["easiest", "hardest"], Tensor], ...] = (("easiest", easy[:SHOWN]), ("hardest", easy.flip(0)[:SHOWN]))
     for group, order in groups:
         for row in order.tolist():
             rung = int(choice[row])
-            right = "right" if bool(seen.correct[row, rung]) else "wrong"
-            name = "" if samples.labels is None or not samples.classes else f"{samples.classes[int(samples.labels[row])]}, "
+            right = (
+                "right" if task == "classification" and seen.correct[row, rung] else "wrong" if task == "classification" else f"{seen.quality[row, rung]:.2f}"
+            )
+            name = f"{samples.classes[int(samples.labels[row])]}, " if task == "classification" and samples.labels is not None and samples.classes else ""
             shown.append((group, row, f"{name}rung {rung} of {len(bundle.rungs) - 1}, {right}"))
     return shown
 
@@ -231,12 +234,12 @@ def card(adapted: Adapted, title: str, figures: Mapping[str, Any]) -> str:
             f'answer = model({inputs})  # .logits, .path, .cost; model({inputs}, budget="0.5x") for another budget',
             "```",
             "",
-            f"Accuracy {right:.2f} % against {before:.2f} % of the dense network on {figures['samples']} inputs"
+            f"{figures['metric'].capitalize()} {right:.2f} % against {before:.2f} % of the dense network on {figures['samples']} inputs"
             f" (drop {drop['points']:.2f} points, 95 % interval {drop['low']:.2f} to {drop['high']:.2f}),"
             f" at {figures['gmacs_adaptive']:.4f} GMACs per input against {figures['gmacs_dense']:.4f}, the decision included.",
             f"Measured on {facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}, float32, back-end {adapted.backend}.",
             "",
-            "| path | GMACs | accuracy, % | share of inputs, % |",
+            f"| path | GMACs | {figures['metric']}, % | share of inputs, % |",
             "|---|---|---|---|",
             *rows,
             "",
@@ -248,6 +251,10 @@ def shares_of(choice: Tensor, rungs: int) -> list[float]:
     return (torch.bincount(choice, minlength=rungs).double() / len(choice)).tolist()
 
 
-def _interval(correct: int, n: int) -> tuple[float, float]:
-    low, high = wilson(correct, n)
+def _percent(quality: Tensor) -> float:
+    return 100 * float(quality.double().mean())
+
+
+def _interval(quality: Tensor) -> tuple[float, float]:
+    low, high = mean_interval(quality.double().numpy())
     return (100 * low, 100 * high)

@@ -21,6 +21,7 @@ from apportion.engine import build, cut, never_slower, plain, serving
 from apportion.errors import ControlError
 from apportion.intake import Samples, Tokenise
 from apportion.measure.doctor import device, fingerprint
+from apportion.measure.judge import METRICS, judge
 from apportion.measure.latency import Timing, interleaved, ratio, realisation_ratio
 from apportion.measure.memory import peak_bytes
 from apportion.measure.quality import mcnemar, paired_drop
@@ -46,11 +47,11 @@ class Weighed:
         return {"report.html": render(self.report), "report.json": figures + "\n", "README.md": card(self.adapted, self.report.title, self.figures)}
 
 
-def weigh(adapted: Adapted, dense: Network, samples: Samples, seen: Outcomes, dense_correct: Tensor, *, repeats: int, tell: Tell) -> Weighed:
+def weigh(adapted: Adapted, dense: Network, samples: Samples, seen: Outcomes, dense_quality: Tensor, *, repeats: int, tell: Tell) -> Weighed:
     """Accuracy on `samples`, of which `seen` is the table; times at batch 1 and at the engine's largest bucket; peak of activations.
 
-    `dense` is the network that was read, compiled whole with the same back-end; `dense_correct` (n,) says where it is right. Texts are timed in batches of
-    one length, the dense network padded to the same; times are means over the lengths of these texts, the peak is that of the longest.
+    `dense` is the network that was read, compiled whole with the same back-end; `dense_quality` (n,) says how good its answers are. Texts are timed in batches
+    of one length, the dense network padded to the same; times are means over the lengths of these texts, the peak is that of the longest.
     """
     bundle = adapted.bundle
     tell(f"compiling {adapted.engine.wanted} graphs")
@@ -69,7 +70,7 @@ def weigh(adapted: Adapted, dense: Network, samples: Samples, seen: Outcomes, de
         "adaptive": peak_bytes(lambda: followed(sample[: batches[1]], budget=bundle.budget)),
     }
     ratios = {batch: ratio(found["adaptive"], found["dense"]) for batch, found in times.items()}
-    figures = judged(bundle, seen, choice, dense_correct, place=place)
+    figures = judged(bundle, seen, choice, dense_quality, place=place)
     saved = figures["gmacs_dense"] > figures["gmacs_adaptive"]
     figures |= {
         "served": kept(adapted, samples, choice),
@@ -93,16 +94,17 @@ def weigh(adapted: Adapted, dense: Network, samples: Samples, seen: Outcomes, de
         "quartiles_ms": {str(batch): {name: [timing.low_ms, timing.high_ms] for name, timing in found.items()} for batch, found in times.items()},
     }
     measured = Adapted(replace(bundle, costs={**bundle.costs, fingerprint(): table}), backend=adapted.backend, buckets=adapted.buckets, engine=adapted.engine)
-    report = page(measured, samples, seen, choice, dense_correct, times, peaks, figures)
+    report = page(measured, samples, seen, choice, dense_quality, times, peaks, figures)
     return Weighed(measured, report, figures)
 
 
 def kept(adapted: Adapted, samples: Samples, choice: Tensor) -> dict[str, float | None]:
     """What the engine itself does with these samples at the operating point: the share on the path that the table says, and accuracy where there are labels."""
+    a = adapted.bundle.network.architecture
     answers = [(adapted.engine(inputs, budget=adapted.bundle.budget), labels) for inputs, labels in samples.batches(ROWS, adapted.bundle.preprocess)]
     path = torch.cat([answer.path.cpu() for answer, _ in answers])
-    right = [answer.logits.argmax(-1).cpu() == labels for answer, labels in answers if labels is not None]
-    return {"same_path": (path == choice).double().mean().item(), "accuracy": torch.cat(right).double().mean().item() if right else None}
+    good = [judge(answer.logits.cpu()[:, None], labels, task=a.task, span=a.span).quality for answer, labels in answers if labels is not None]
+    return {"same_path": (path == choice).double().mean().item(), "accuracy": torch.cat(good).double().mean().item() if good else None}
 
 
 def group(bundle: Bundle, samples: Samples, mine: Tensor, length: int, count: int) -> tuple[float, Tensor]:
@@ -123,17 +125,20 @@ def mixed(found: Sequence[tuple[float, Mapping[str, Timing]]]) -> dict[str, Timi
     return {name: Timing.of(rounds(name)) for name in found[0][1]}
 
 
-def judged(bundle: Bundle, seen: Outcomes, choice: Tensor, dense_correct: Tensor, *, place: Tensor | None = None) -> dict[str, Any]:
+def judged(bundle: Bundle, seen: Outcomes, choice: Tensor, dense_quality: Tensor, *, place: Tensor | None = None) -> dict[str, Any]:
     """Accuracy and multiply-adds of these choices against the dense network's answers to the same inputs; no times. `place` (n,): of each text's length."""
-    correct = seen.correct.gather(1, choice[:, None])[:, 0]
+    ours = seen.quality.gather(1, choice[:, None])[:, 0]
+    exact = all(bool(((of == 0) | (of == 1)).all()) for of in (dense_quality, ours))  # answers are right or wrong
+    pair = (dense_quality.bool().numpy(), ours.bool().numpy()) if exact else (dense_quality.double().numpy(), ours.double().numpy())
     ledger, place = Ledger.of(bundle), torch.zeros_like(choice) if place is None else place
     gmacs, full = ledger.rungs[place, choice].mean().item(), ledger.dense[place].mean().item()
     return {
-        "samples": len(correct),
-        "accuracy_dense": float(dense_correct.double().mean()),
-        "accuracy_full": float(seen.correct[:, -1].double().mean()),
-        "accuracy_adaptive": float(correct.double().mean()),
-        "drop_points": paired_drop(dense_correct.numpy(), correct.numpy())._asdict(),
+        "samples": len(ours),
+        "metric": METRICS[bundle.network.architecture.task],
+        "accuracy_dense": float(dense_quality.double().mean()),
+        "accuracy_full": float(seen.quality[:, -1].double().mean()),
+        "accuracy_adaptive": float(ours.double().mean()),
+        "drop_points": paired_drop(*pair)._asdict(),
         "gmacs_dense": full,
         "gmacs_adaptive": gmacs,
         "gmacs_saved_share": 1 - gmacs / full,
@@ -142,7 +147,7 @@ def judged(bundle: Bundle, seen: Outcomes, choice: Tensor, dense_correct: Tensor
         "collapse": collapse(choice, rungs=len(bundle.rungs))._asdict(),
         "bounds": standing(bundle, seen, choice),
         "certificate": None if bundle.certificate is None else asdict(bundle.certificate),
-        "mcnemar_p": mcnemar(dense_correct.numpy(), correct.numpy()),
+        "mcnemar_p": mcnemar(*pair) if exact else None,
     }
 
 

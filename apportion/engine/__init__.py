@@ -1,10 +1,11 @@
 """Running: every path at every batch size is one static graph, built beforehand; each sample is routed to its own."""
 
-from apportion.engine.buckets import lengths
+from apportion.engine.buckets import choose, choose_lengths, expected, lengths
 from apportion.engine.compile import build
 from apportion.engine.engine import Engine
 from apportion.engine.gate import Gate, never_slower
 from apportion.engine.graph import COARSE, Backend, Graph, serving
+from apportion.engine.packed import Packs, pack
 from apportion.engine.relay import Relay
 from apportion.engine.table import Build, plain
 from apportion.engine.texts import Lengths, Routed, cut, used
@@ -17,12 +18,17 @@ __all__ = [
     "Gate",
     "Graph",
     "Lengths",
+    "Packs",
     "Relay",
     "Routed",
     "build",
+    "choose",
+    "choose_lengths",
     "cut",
+    "expected",
     "lengths",
     "never_slower",
+    "pack",
     "plain",
     "serving",
     "used",

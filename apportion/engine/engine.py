@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import final
 
@@ -49,11 +50,22 @@ class Engine:
         modules = {"decide": decide, **{f"rung {k}": module for k, module in enumerate(rungs)}}
         self._rungs, self._gmacs = len(rungs), gmacs
         self._table = Table(modules, buckets=buckets, backend=backend, input_shape=input_shape, dtype=dtype, fill=fill, make=make)
+        self._traffic = Counter[int]()
 
     @property
     def wanted(self) -> int:
         """How many graphs there are to build: the decision and every rung, at every bucket."""
         return self._table.wanted
+
+    @property
+    def weight_bytes(self) -> int:
+        """What its graphs hold of weights beside the modules' own."""
+        return self._table.weight_bytes
+
+    @property
+    def traffic(self) -> Counter[int]:
+        """How often calls, not measurements, brought a group of each size: for `choose`. Calls in several threads at once may lose a count."""
+        return self._traffic.copy()
 
     def warm(self, progress: Callable[[str], None] | None = None) -> int:
         """Build every graph that is not built yet and return how many there are; `progress` hears of each before it is built. Raises EngineError."""
@@ -76,22 +88,25 @@ class Engine:
         `budget` and `cap` are handed to the decision as they are. Raises EngineError before `warm()` and for inputs of another shape, dtype or device.
         """
         with serving():
-            return self._run(*self._choose(inputs, budget, cap))
+            state, index = self._choose(inputs, budget, cap)
+            groups = group(index)
+            self._traffic.update((len(inputs), *(len(members) for _, members in groups)))
+            return self._run(state, index, groups)
 
     def forced(self, inputs: Tensor, rung: int) -> Answer:
         """Answers along one rung, whatever the decision says, which is made and paid for all the same: what a rung costs when it is measured."""
         with serving():
             state, index = self._choose(inputs, 1.0, math.inf)
-            return self._run(state, torch.full_like(index, rung))
+            return self._run(state, torch.full_like(index, rung), [(rung, list(range(len(inputs))))])
 
     def decided(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Tensor:
         """The (b,) rungs alone: what a call would take, at the cost of the glance. Raises like a call."""
         with serving():
             return self._choose(inputs, budget, cap)[1]
 
-    def _run(self, state: Tokens, index: Tensor) -> Answer:
+    def _run(self, state: Tokens, index: Tensor, groups: list[tuple[int, list[int]]]) -> Answer:
         rows, logits = [], []
-        for rung, members in group(index):
+        for rung, members in groups:
             if not 0 <= rung < self._rungs:
                 raise EngineError(f"rung {rung} for sample {members[0]}", wanted=f"0 to {self._rungs - 1}", do="Correct the decision.")
             for piece, real in fill(members, self._table.buckets):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import final
 
@@ -46,11 +47,22 @@ class Relay:
         self._last, self._gmacs, self._limits = len(stations) - 1, gmacs, limits
         modules = {f"station {k}": module for k, module in enumerate(stations)}
         self._table = Table(modules, buckets=buckets, backend=backend, input_shape=input_shape, dtype=dtype, fill=fill, make=make)
+        self._traffic = Counter[int]()
 
     @property
     def wanted(self) -> int:
         """How many graphs there are to build: every station at every bucket."""
         return self._table.wanted
+
+    @property
+    def weight_bytes(self) -> int:
+        """What its graphs hold of weights beside the modules' own."""
+        return self._table.weight_bytes
+
+    @property
+    def traffic(self) -> Counter[int]:
+        """How often calls, not measurements, brought a group of each size to a station. Calls in several threads at once may lose a count."""
+        return self._traffic.copy()
 
     def warm(self, progress: Callable[[str], None] | None = None) -> int:
         """Build every graph that is not built yet and return how many there are; `progress` hears of each before it is built. Raises EngineError."""
@@ -69,7 +81,10 @@ class Relay:
 
     def __call__(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Answer:
         """Answers for any number of samples, in order. Raises EngineError before `warm()` and for inputs of another shape, dtype or device."""
-        return self._run(inputs, self._thresholds(budget, cap))
+        answer = self._run(inputs, self._thresholds(budget, cap))
+        came = torch.bincount(answer.path).flip(0).cumsum(0)  # who leaves at a station was at all before it
+        self._traffic.update(came.tolist())
+        return answer
 
     def forced(self, inputs: Tensor, rung: int) -> Answer:
         """Answers of one rung, by way of every checkpoint before it: what a rung costs when it is measured. Raises EngineError for a rung that is not there."""

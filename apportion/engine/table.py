@@ -63,6 +63,11 @@ class Table:
         return len(self.modules) * len(self.buckets)
 
     @property
+    def weight_bytes(self) -> int:
+        """What the graphs built so far hold of weights beside the modules' own."""
+        return sum(graph.weight_bytes for graph in self._graphs.values())
+
+    @property
     def whole(self) -> bool:
         return len(self._graphs) == self.wanted
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from apportion.engine.relay import Relay
@@ -19,6 +21,10 @@ class Routed(Protocol):
 
     @property
     def wanted(self) -> int: ...
+    @property
+    def traffic(self) -> Counter[int]: ...
+    @property
+    def weight_bytes(self) -> int: ...
     def warm(self, progress: Callable[[str], None] | None = None) -> int: ...
     def __call__(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Answer: ...
     def forced(self, inputs: Tensor, rung: int) -> Answer: ...
@@ -37,12 +43,27 @@ class Lengths:
     def __init__(self, engines: Mapping[int, Routed], *, padding: int) -> None:
         if not engines or list(engines) != sorted(engines) or min(engines) < 1:
             raise EngineError(f"engines for lengths {tuple(engines)}", wanted="positive lengths, ascending", do="Use for example (32, 64, 128).")
-        self._engines, self._padding = dict(engines), padding
+        self._engines, self._padding, self._tokens = dict(engines), padding, Counter[int]()
 
     @property
     def wanted(self) -> int:
         """How many graphs there are to build: every path at every bucket and length."""
         return sum(engine.wanted for engine in self._engines.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """What all graphs hold of weights beside the modules' own."""
+        return sum(engine.weight_bytes for engine in self._engines.values())
+
+    @property
+    def traffic(self) -> Counter[int]:
+        """How often calls brought a group of each size, to any of the lengths: what `choose` finds buckets for."""
+        return sum((engine.traffic for engine in self._engines.values()), Counter[int]())
+
+    @property
+    def tokens(self) -> Counter[int]:
+        """How many texts of each length calls brought: what `choose_lengths` finds lengths for. Calls in several threads at once may lose a count."""
+        return self._tokens.copy()
 
     def warm(self, progress: Callable[[str], None] | None = None) -> int:
         """Build every graph that is not built yet and return how many there are. Raises EngineError."""
@@ -53,7 +74,9 @@ class Lengths:
     def __call__(self, inputs: Tensor, *, budget: float, cap: float | Sequence[float] = math.inf) -> Answer:
         """Answers for any number of texts, in order; `cap` is one for all or one for each length. Raises like an engine, and for a text that is too long."""
         caps = dict(zip(self._engines, cap if isinstance(cap, Sequence) else [cap] * len(self._engines), strict=True))
-        return self._answers(inputs, lambda length, rows: self._engines[length](rows, budget=budget, cap=caps[length]))
+        answer = self._answers(inputs, lambda length, rows: self._engines[length](rows, budget=budget, cap=caps[length]))
+        self._tokens.update(used(inputs, self._padding).tolist())
+        return answer
 
     def forced(self, inputs: Tensor, rung: int) -> Answer:
         """Answers along one rung, as an engine gives them."""
@@ -67,7 +90,7 @@ class Lengths:
             if not isinstance(engine, Relay):
                 raise EngineError("engines that decide once", wanted="a Relay for each length", do="Ask for one rung after the other with forced().")
             found.append((rows, engine.every(part)))
-        return torch.cat([part for _, part in found])[torch.cat([rows for rows, _ in found]).argsort()]
+        return as_wide([part for _, part in found], inputs.shape[-1], leading=2)[torch.cat([rows for rows, _ in found]).argsort()]
 
     def decided(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Tensor:
         """The (b,) rungs alone, at the cost of the glance."""
@@ -86,7 +109,8 @@ class Lengths:
     def _answers(self, inputs: Tensor, call: Callable[[int, Tensor], Answer]) -> Answer:
         found = [(rows, call(length, part)) for length, rows, part in self._parts(inputs)]
         back = torch.cat([rows for rows, _ in found]).argsort()
-        return Answer(*(torch.cat(parts)[back] for parts in zip(*(answer for _, answer in found), strict=True)))
+        logits, path, cost = zip(*(answer for _, answer in found), strict=True)
+        return Answer(as_wide(logits, inputs.shape[-1], leading=1)[back], torch.cat(path)[back], torch.cat(cost)[back])
 
     def _parts(self, inputs: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Length, rows and inputs of each group of texts."""
@@ -97,6 +121,13 @@ class Lengths:
             rows = (place == number).nonzero()[:, 0]
             if len(rows):
                 yield length, rows, cut(inputs[rows], length, self._padding)
+
+
+def as_wide(answers: Sequence[Tensor], tokens: int, *, leading: int) -> Tensor:
+    """Answers of several lengths in one tensor. Where each token has its own, (leading axes, n, classes), there are as many as tokens came in, 0 at padding."""
+    if answers[0].ndim == leading + 1:
+        return torch.cat(list(answers))
+    return torch.cat([F.pad(part, (0, 0, 0, tokens - part.shape[-2])) for part in answers])  # a negative number cuts
 
 
 def used(inputs: Tensor, padding: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Readers: trained models and data come in here, exact or refused."""
 
 from apportion.intake.audio import AudioSet, read_audio_set
+from apportion.intake.hf_families import Pooling
 from apportion.intake.images import ImageSet, read_images
 from apportion.intake.inputs import opened
 from apportion.intake.listen import Listen
@@ -16,6 +17,7 @@ __all__ = [
     "ImageSet",
     "Listen",
     "Parts",
+    "Pooling",
     "Preprocess",
     "Samples",
     "Source",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from apportion.errors import Refused
 from apportion.network.architecture import Activation
 
+Pooling = Literal["mean", "class_token", "pooler"]
 ACTIVATIONS: dict[str, Activation] = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
     **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh"),
@@ -134,11 +135,10 @@ FAMILIES = {
     "Deberta": Family(DEBERTA, **CONTEXT),
     "DebertaV2": Family(DEBERTA_V2, **CONTEXT),
 }
-CLASSIFIES = "ForSequenceClassification"
-TABLE = {f"{name}{kind}": name for name in FAMILIES for kind in ("Model", CLASSIFIES)}
+CLASSIFIES, TAGS = "ForSequenceClassification", "ForTokenClassification"
+TABLE = {f"{name}{kind}": name for name in FAMILIES for kind in ("Model", CLASSIFIES, TAGS)}
 IN_THE_WAY = {
-    "TokenClassification": "an answer for each token",
-    "QuestionAnswering": "an answer for each token",
+    "QuestionAnswering": "a beginning and an end among the tokens",
     "MaskedLM": "a language-model head",
     "MultipleChoice": "an answer that compares several texts",
 }

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apportion.errors import PlanError
-from apportion.intake.hf_families import CLASSIFIES, FAMILIES, IN_THE_WAY, TABLE, Family, activation, disentangled, modern, need, refusal, rotary
+from apportion.intake.hf_families import CLASSIFIES, FAMILIES, IN_THE_WAY, TABLE, TAGS, Family, Pooling, activation, disentangled, modern, need, refusal, rotary
 from apportion.methods.mixer.disentangled import reach
 from apportion.network import Architecture, Network
+from apportion.vocab import Task
 
-Pooling = Literal["mean", "class_token", "pooler"]
 LONGEST = 512  # tokens at which paths are stated, where the caller names no length
 LARGE = 10_000_000  # weights of the blocks from which a model is compared on shorter texts
+PROBLEMS: dict[str, Task] = {"single_label_classification": "classification", "multi_label_classification": "multilabel", "regression": "regression"}
 IDLE = {"position_ids", "token_type_ids"}  # buffers that old files hold
 
 
@@ -40,7 +41,7 @@ class Answering(nn.Module):
         mask = ids.ne(self.model.config.pad_token_id)  # pyright: ignore
         out = self.model(input_ids=ids, attention_mask=mask.long(), **({} if kinds is None else {"token_type_ids": kinds}))
         if self.pooling is None:
-            return out.logits
+            return out.logits * mask[..., None] if out.logits.ndim == 3 else out.logits  # at padding there is nothing to compare
         if self.pooling == "pooler":
             x = out.pooler_output
         elif self.pooling == "class_token":
@@ -113,8 +114,11 @@ def describe(model: nn.Module, *, length: int | None = None, pooling: Pooling | 
     if not 2 <= length <= room:
         raise PlanError(f"length {length}", wanted=f"2 to {room}, the positions of the model", do="Choose another length.")
     classes = config.num_labels if pooling is None else 0
-    hidden = family.hidden[1] if pooling is None else "tanh" if pooling == "pooler" else None
-    pool: Literal["mean", "class_token"] = "mean" if pooling == "mean" or (pooling is None and _modern_mean(config)) else "class_token"
+    tags = type(model).__name__.endswith(TAGS)
+    hidden = None if tags else family.hidden[1] if pooling is None else "tanh" if pooling == "pooler" else None
+    pool: Literal["mean", "class_token", "every_token"] = (
+        "every_token" if tags else "mean" if pooling == "mean" or (pooling is None and _modern_mean(config)) else "class_token"
+    )
     norm = next(iter(_norms(model).values()))
     shared: dict[str, Any] = {
         "image_size": 0,
@@ -124,7 +128,7 @@ def describe(model: nn.Module, *, length: int | None = None, pooling: Pooling | 
         "heads": config.num_attention_heads,
         "hidden": config.hidden_dim if config.model_type == "distilbert" else config.intermediate_size,
         "classes": classes,
-        "class_token": pool == "class_token",
+        "class_token": pool != "mean",
         "stem_norm": True,
         "norm_first": False,
         "final_norm": False,
@@ -140,9 +144,10 @@ def describe(model: nn.Module, *, length: int | None = None, pooling: Pooling | 
         "positions": positions,
         "position_offset": offset,
         "token_types": _rows(embed, "token_type_embeddings"),
+        "task": "token_classification" if tags else _task(config) if classes else "embedding",
     }
     whole = pooling is None
-    flavour = {**rotary(config), **modern(config, norm.bias is not None, whole), **disentangled(config, stem.embedding_dim, whole)}
+    flavour = {**rotary(config), **modern(config, norm.bias is not None, whole), **disentangled(config, stem.embedding_dim, whole and not tags)}
     return Architecture(**{**shared, **family.extra, **flavour})
 
 
@@ -179,8 +184,8 @@ def _family(model: nn.Module, pooling: Pooling | None) -> tuple[Family, str]:
     name = type(model).__name__
     if not type(model).__module__.startswith("transformers.models.") or name not in TABLE:
         reason = next((why for part, why in IN_THE_WAY.items() if part in name), "no exact counterpart is known")
-        raise refusal(f"model of class {_name(model)}: {reason}", wanted=f"one of {', '.join(FAMILIES)} as Model or {CLASSIFIES}")
-    whole = name.endswith(CLASSIFIES)
+        raise refusal(f"model of class {_name(model)}: {reason}", wanted=f"one of {', '.join(FAMILIES)} as Model, {CLASSIFIES} or {TAGS}")
+    whole = name.endswith((CLASSIFIES, TAGS))
     if whole != (pooling is None):
         do = "Leave pooling out." if whole else 'Pass pooling="mean", "class_token" or "pooler": transformers leaves it to the user.'
         raise PlanError(f"pooling {pooling!r} for a {name}", wanted="pooling for a model without a head, and for no other", do=do)
@@ -203,8 +208,12 @@ def _check(model: nn.Module, config: Any) -> None:
     need(config.pad_token_id is not None, "no pad_token_id", "the id of the padding")
     need(config.model_type != "mpnet" or config.pad_token_id == 1, f"pad_token_id {config.pad_token_id}", "1, which MPNet's code holds fast")
     if type(model).__name__.endswith(CLASSIFIES):
-        need(config.problem_type in (None, "single_label_classification"), f"problem_type {config.problem_type}", "one class for each text")
-        need(config.num_labels > 1, f"{config.num_labels} output", "at least two classes")
+        need(config.problem_type in (None, *PROBLEMS), f"problem_type {config.problem_type}", f"one of {', '.join(PROBLEMS)}")
+
+
+def _task(config: Any) -> Task:
+    """What transformers takes the outputs for: where nothing is said, one output is a number."""
+    return PROBLEMS[config.problem_type] if config.problem_type else "regression" if config.num_labels == 1 else "classification"
 
 
 def _modern_mean(config: Any) -> bool:
@@ -277,6 +286,8 @@ def _terms(a: Architecture) -> int:
 def _head(module: str, source: Source, a: Architecture) -> str:
     """Name of the source's layer for one of the head's."""
     family = source.family
+    if a.task == "token_classification" and not module.endswith((".0", ".2")):
+        return "classifier"
     hidden = (family.hidden[0] if a.classes else family.pooler).format(source.base)
     places = {0: hidden, 2: f"{hidden.rpartition('.')[0]}.norm"} if a.head_hidden else {}
     place = int(module.rpartition(".")[2]) if module != "head.project" else -1

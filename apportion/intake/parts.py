@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path as File
 from typing import Any, Literal, Protocol, Self
@@ -17,6 +17,7 @@ from apportion.intake.listen import Listen
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.read import Source
 from apportion.intake.texts import TextSet, Tokenise, read_texts
+from apportion.vocab import Task
 
 CONTROL_ROWS = 4000  # samples that control learns from and is placed on, where all are free for it
 Feed = Preprocess | Tokenise | Listen
@@ -44,16 +45,19 @@ class Reader(Protocol):
     ) -> Samples: ...
 
 
-def reader(feed: Feed, classes: Sequence[str] | None, columns: Mapping[str, str] | None = None) -> Reader:
-    """What reads data for a model that is fed so. `columns`: what "text", "pair" and "label" are called in tables of texts. Raises PlanError."""
+def reader(feed: Feed, classes: Sequence[str] | None, columns: Mapping[str, str] | None = None, *, task: Task = "classification") -> Reader:
+    """What reads data for a model that is fed so and has this task. `columns`: what "text", "pair" and "label" are called in tables. Raises PlanError."""
     if not isinstance(feed, Tokenise):
         if columns:
             raise PlanError(f"columns for a model of {KINDS[type(feed)][1]}", wanted="none", do="Leave them out.")
+        if task not in ("classification", "embedding"):
+            wanted = "one class for each, or an embedding"
+            raise PlanError(f"{task} of {KINDS[type(feed)][1]}", wanted=wanted, do="Folders hold one label for a file: others are read of texts.")
         return read_images if isinstance(feed, Preprocess) else read_audio_set
     named = dict(columns or {})
     if unknown := named.keys() - {"text", "pair", "label"}:
         raise PlanError(f"a column for {min(unknown)!r}", wanted="text, pair or label", do="Correct it.")
-    return partial(read_texts, classes=classes, text=named.get("text", "text"), pair=named.get("pair"), label=named.get("label", "label"))
+    return partial(read_texts, classes=classes, text=named.get("text", "text"), pair=named.get("pair"), label=named.get("label", "label"), task=task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +97,22 @@ class Parts:
         decide, place = held.split(0.5, seed=seed)
         return cls(taught, decide, place, read(data, split="test", on_skip=skip), kept)
 
+    def unlabelled(self) -> Self:
+        """The same without labels: what has none of its own is measured by the model that was read."""
+        every = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
+        return replace(self, **{name: bare(samples) for name, samples in every if samples is not None})
+
     def check(self, outputs: int) -> None:
         """Raises DataError for the first label that a network with so many outputs cannot give; what teaches is checked by its teacher."""
         for samples in (self.decide, self.place, self.report, self.certify):
             if samples is not None:
                 samples.check(outputs)
+
+
+def bare(samples: Samples) -> Samples:
+    """The same samples without labels."""
+    kind: Any = samples  # each kind is a dataclass, which a protocol cannot say
+    return replace(kind, labels=None)
 
 
 def matched(source: Source, parts: Parts) -> Source:
@@ -111,9 +126,6 @@ def matched(source: Source, parts: Parts) -> Source:
     if not isinstance(feed, Tokenise):
         return source
     a = source.network.architecture
-    if not a.classes:
-        do = "Fine-tune it first: its folder says architectures: ...ForSequenceClassification."
-        raise PlanError("an encoder without classes", wanted="a model that classifies texts", do=do)
     pairs = any(isinstance(samples, TextSet) and samples.pairs for samples in every)
     if pairs and a.token_types < 2:
         raise DataError("pairs of texts", wanted="single texts: this model tells no pairs apart", do="Join them, or take another model.")

@@ -6,10 +6,10 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as File
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from apportion.errors import DataError, PlanError, Refused
 from apportion.intake import _torchvision
+from apportion.intake.hf_families import Pooling
 from apportion.intake.listen import Listen
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.texts import Tokenise
 from apportion.intake.verify import Verified, verify
 from apportion.network import Network
+from apportion.vocab import Task
 
-if TYPE_CHECKING:
-    from apportion.intake.hf_text import Pooling
+CLASSES: tuple[Task, ...] = ("classification", "multilabel", "regression")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ def read_model(
     length: int | None = None,
     pooling: Pooling | None = None,
     unit: bool = False,
+    task: Task | None = None,
 ) -> Source:
     """Read a model and prove that nothing was lost.
 
@@ -79,10 +81,38 @@ def read_model(
     a timm VisionTransformer; a Network, which needs `preprocess`; and for texts a folder as transformers or sentence-transformers writes it,
     "hf:NAME@REVISION", or a transformers model. With `image_size` positions are resampled as timm does it, which may cost accuracy. Texts' paths are stated at
     `length` tokens; an encoder without a head needs `pooling` ("mean", "class_token" or "pooler") and is of length 1 with `unit`, unless its folder says so.
+    `task` says what the outputs mean where the model does not: one class, unless its folder says otherwise; without classes they are an embedding.
     Equality is tested on random inputs, and on `example` (rows of inputs) where given.
     Raises Refused for a model that cannot be read exactly or whose weights cannot be had, DataError for a bad file, PlanError for options that contradict
     each other.
     """
+    source = _read(model, timm_name, random, num_classes, image_size, seed, preprocess, example, length, pooling, unit)
+    _mean(source.network, task)
+    return source
+
+
+def _mean(network: Network, task: Task | None) -> None:
+    """Writes down what the network's outputs mean. Raises PlanError where they cannot mean that."""
+    a = network.architecture
+    fits: tuple[Task, ...] = ("token_classification" if a.words else "segmentation",) if a.pool == "every_token" else CLASSES if a.classes else ("embedding",)
+    if (task or a.task) not in fits and (task is not None or a.classes):
+        raise PlanError(f"task {task or a.task!r} for this model", wanted=f"one of {', '.join(fits)}", do="Name another task, or read a model with that head.")
+    network.architecture = replace(a, task=task or (a.task if a.task in fits else fits[0]))
+
+
+def _read(
+    model: str | File | nn.Module,
+    timm_name: str | None,
+    random: bool,
+    num_classes: int | None,
+    image_size: int | None,
+    seed: int,
+    preprocess: Preprocess | Tokenise | Listen | None,
+    example: Tensor | None,
+    length: int | None,
+    pooling: Pooling | None,
+    unit: bool,
+) -> Source:
     if (num_classes is not None or random) and not (random and str(model).startswith("timm:")):
         found = "num_classes or random for trained weights"
         raise PlanError(found, wanted='"timm:NAME" with random=True', do="Leave them out: trained weights bring their own.")

@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as File
@@ -18,6 +17,9 @@ from torch import Tensor
 from apportion.errors import DataError, PlanError
 from apportion.intake import parquet
 from apportion.intake.folders import spread
+from apportion.intake.labels import numbered, parsed
+from apportion.methods.task import UNKNOWN
+from apportion.vocab import Task
 
 Text = str | tuple[str, str]
 Split = Literal["train", "test", "all"]
@@ -25,7 +27,6 @@ OnSkip = Callable[[str, str], None]
 SPLITS = {"train": ("train",), "test": ("test", "dev", "val", "validation")}
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 HELD_OUT = 0.2
-MOST_CLASSES = 1_000_000  # a larger label is an id from another column, and would fill the memory with names
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,32 @@ class Tokenise:
         """First and last character of each token in its text; equal where a token stands for no letters."""
         return self._encoded([text], ())[0].offsets
 
+    def words(self, text: Text) -> list[int]:
+        """For each token the number of the word that it begins, counted between spaces; -100 for one that goes on with a word or stands for no letters."""
+        if not isinstance(text, str):
+            raise DataError("a pair of texts", wanted="one text, whose words have labels", do="Give single texts.")
+        number, begun = -1, UNKNOWN
+        starts = [0] * len(text)
+        for place, letter in enumerate(text):
+            number += not letter.isspace() and (place == 0 or text[place - 1].isspace())
+            starts[place] = number
+        found = list[int]()
+        for first, last in self.spans(text):
+            word = starts[last - 1] if last > first else UNKNOWN
+            found.append(word if word != begun else UNKNOWN)
+            begun = word if word != UNKNOWN else begun
+        return found
+
+    def labelled(self, texts: Sequence[Text], labels: Tensor) -> Tensor:
+        """Labels of words (b, most words) as labels of tokens (b, n): each at the first token of its word, -100 elsewhere."""
+        words = [self.words(text) for text in texts]
+        made = torch.full((len(words), max(map(len, words))), UNKNOWN)
+        for row, found in enumerate(words):
+            for place, word in enumerate(found):
+                if word != UNKNOWN:
+                    made[row, place] = labels[row, word]
+        return made
+
     def _encoded(self, texts: Sequence[Text], where: Sequence[str]) -> list[Any]:
         if isinstance(texts, str):
             raise DataError("one string", wanted="a list of texts", do="Put it into a list.")
@@ -110,7 +137,7 @@ class TextSet:
     """Texts (or pairs of them) and their labels."""
 
     texts: tuple[Text, ...]
-    labels: Tensor | None  # (n,) int64
+    labels: Tensor | None  # int64 (n,), or one for each word (n, most words); several, or numbers, (n, outputs) float
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()  # file and row, why
     where: tuple[str, ...] = ()  # file and row of each text
@@ -136,7 +163,7 @@ class TextSet:
 
     def split(self, holdout: float, *, seed: int = 0) -> tuple[TextSet, TextSet]:
         """(rest, held out): `holdout` of the texts, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
-        held = spread(self.labels, torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)), holdout)
+        held = spread(one_class(self.labels), torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)), holdout)
         if held.all() or not held.any():
             found = f"{len(self)} texts, of which {holdout:g} shall be held out"
             raise DataError(found, wanted="at least one text on either side", do="Give more data or another share.")
@@ -144,11 +171,20 @@ class TextSet:
 
     def check(self, outputs: int) -> None:
         """Raises DataError, naming the first row whose label a network with so many outputs cannot give."""
-        bad = [] if self.labels is None else ((self.labels < 0) | (self.labels >= outputs)).nonzero().flatten().tolist()
+        if self.labels is None:
+            return
+        if self.labels.is_floating_point():
+            if self.labels.shape[1] != outputs:
+                raise DataError(
+                    f"{self.labels.shape[1]} labels or numbers for a text", wanted=f"{outputs}, the network's outputs", do="Name the model's classes."
+                )
+            return
+        labels = self.labels.unsqueeze(-1) if self.labels.ndim == 1 else self.labels
+        bad = (((labels < 0) & (labels != UNKNOWN)) | (labels >= outputs)).nonzero().tolist()
         if bad:
-            assert self.labels is not None
-            place = self.where[bad[0]] if self.where else f"row {bad[0]}"
-            found = f"label {int(self.labels[bad[0]])} at {place} ({len(bad)} such labels)"
+            row, column = bad[0]
+            place = self.where[row] if self.where else f"row {row}"
+            found = f"label {int(labels[row, column])} at {place} ({len(bad)} such labels)"
             raise DataError(found, wanted=f"0 to {outputs - 1}, as the network has {outputs} outputs", do="Give labels as the model numbers them.")
 
     def batches(self, batch: int, tokenise: Tokenise, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -156,7 +192,8 @@ class TextSet:
         order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         for rows in order.split(batch):
             some = self.rows(rows)
-            yield tokenise(some.texts, where=some.where), some.labels
+            of_words = some.labels is not None and some.labels.ndim == 2 and not some.labels.is_floating_point()
+            yield tokenise(some.texts, where=some.where), tokenise.labelled(some.texts, some.labels) if of_words and some.labels is not None else some.labels
 
     def sizes(self, tokenise: Tokenise) -> Tensor:
         """How many tokens each text has, (n,). Raises DataError for a text that has none."""
@@ -174,11 +211,13 @@ def read_texts(
     classes: Sequence[str] | None = None,
     limit: int | None = None,
     on_skip: OnSkip | None = None,
+    task: Task = "classification",
 ) -> TextSet:
     """Read a list of texts with `labels`, a file, or a folder with train and test (or dev, val, validation) files.
 
     Columns (of .parquet, or of .csv and .tsv, which need a header line) or keys (of .jsonl): `text`, `pair` for a second text, `label`; without it, no labels.
-    Labels are whole numbers from 0, or names: then their place in `classes` (such as the model's), or else in the alphabet, over all files of a folder.
+    Labels are whole numbers from 0, or names: then their place in `classes` (such as the model's), or else in the alphabet, over all files of a folder. By
+    `task`, a cell holds one; several, as a list or a|b; numbers; or one for each word of a text, which is a list of words or has spaces between them.
     Where the data brings no split of its own, every fifth text of each class is `test`. `limit` keeps that many, spread evenly over the classes.
     Rows that cannot be used are in `skipped`, by file and line (rows of .parquet and lists count from 0), and told to `on_skip`.
     Raises DataError: nothing there, a column that is missing, more than half of the rows bad, labels of two kinds; PlanError for .parquet without pyarrow.
@@ -190,34 +229,49 @@ def read_texts(
             raise DataError("labels beside a file", wanted="labels for a list of texts", do=f"Put them into the column {label!r}.")
         files, own = _files(File(source), split)
         every = files if not own else [file for kind in SPLITS for file in _named(File(source), kind)]
-        table = {file: list(_rows(file, text, pair, label)) for file in dict.fromkeys((*files, *every))}
+        table = {file: list(_rows(file, text, pair, label, task)) for file in dict.fromkeys((*files, *every))}
         rows, known = [row for file in files for row in table[file]], [row for entries in table.values() for row in entries]
     else:
         given = list(source)
         if labels is not None and len(labels) != len(given):
             raise DataError(f"{len(labels)} labels for {len(given)} texts", wanted="one label for each text", do="Correct the data.")
-        rows = known = [(f"row {i}", one, None if labels is None else labels[i], _fault(one)) for i, one in enumerate(given)]
+        rows = known = [_row(f"row {i}", one, None if labels is None else labels[i], task, labels is not None) for i, one in enumerate(given)]
         own = False
     good, bad = [row for row in rows if not row[3]], tuple((row[0], row[3]) for row in rows if row[3])
     if 2 * len(bad) > len(rows) or not good:
         found = f"{len(bad)} of {len(rows)} rows that are no usable texts{f', such as {bad[0][0]}: {bad[0][1]}' if bad else ''}"
         raise DataError(found, wanted="at most half of them bad", do="Correct or remove them.")
-    names, numbers = _numbered([row[2] for row in known if not row[3]], [row[2] for row in good], classes)
+    names, numbers = numbered([row[2] for row in known if not row[3]], [row[2] for row in good], classes, task)
     for where, why in bad if on_skip else ():
         assert on_skip is not None
         on_skip(where, why)
     found = TextSet(tuple(row[1] for row in good), numbers, names, bad, tuple(row[0] for row in good))
     if split != "all" and not own:
-        test = spread(found.labels, torch.arange(len(found)), HELD_OUT)
+        test = spread(one_class(found.labels), torch.arange(len(found)), HELD_OUT)
         found = found.rows((test if split == "test" else ~test).nonzero().flatten())
     if limit is not None and limit < len(found):
-        found = found.rows(spread(found.labels, torch.arange(len(found)), limit / len(found)).nonzero().flatten())
+        found = found.rows(spread(one_class(found.labels), torch.arange(len(found)), limit / len(found)).nonzero().flatten())
     if not len(found):
         raise DataError(f"no text in split {split!r}", wanted="at least one", do="Give more data, or use split='all'.")
     return found
 
 
 Row = tuple[str, Any, Any, str]  # where, text, label, fault
+
+
+def one_class(labels: Tensor | None) -> Tensor | None:
+    """Labels by which samples can be spread evenly: one for each."""
+    return labels if labels is not None and labels.ndim == 1 else None
+
+
+def _row(where: str, text: Any, label: Any, task: Task, labelled: bool) -> Row:
+    """`labelled`: whether a row without a label lacks something."""
+    if isinstance(text, list) and all(isinstance(word, str) for word in text):
+        if split := next((word for word in text if not word or any(letter.isspace() for letter in word)), None):
+            return where, "", None, f"a word {split!r} with a space in it"
+        text = " ".join(text)
+    value, fault = parsed(label, task, len(text.split()) if isinstance(text, str) else 0) if labelled else (None, "")
+    return where, text, value, _fault(text) or fault
 
 
 def _fault(text: Any) -> str:
@@ -253,20 +307,20 @@ def _stem(file: File) -> str:
     return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
-def _rows(file: File, text: str, pair: str | None, label: str) -> Iterator[Row]:
+def _rows(file: File, text: str, pair: str | None, label: str, task: Task) -> Iterator[Row]:
     columns = [text] if pair is None else [text, pair]
     if file.name.removesuffix(".gz").endswith(".parquet"):
-        yield from _checked(file, "row", parquet.entries(file, columns, label), columns, label, False)
+        yield from _checked(file, "row", parquet.entries(file, columns, label), columns, label, False, task)
         return
     try:
         content = gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()
         entries = list(_entries(file, content.decode("utf-8-sig"), columns))
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file}: {error}", wanted="a table in UTF-8", do="Convert it.") from error
-    yield from _checked(file, "line", entries, columns, label, any(isinstance(entry, dict) and label in entry for _, entry in entries))
+    yield from _checked(file, "line", entries, columns, label, any(isinstance(entry, dict) and label in entry for _, entry in entries), task)
 
 
-def _checked(file: File, unit: str, entries: Iterable[tuple[int, Any]], columns: Sequence[str], label: str, labelled: bool) -> Iterator[Row]:
+def _checked(file: File, unit: str, entries: Iterable[tuple[int, Any]], columns: Sequence[str], label: str, labelled: bool, task: Task) -> Iterator[Row]:
     """`labelled`: whether an entry without the label's key lacks something."""
     for number, entry in entries:
         where = f"{file}, {unit} {number}"
@@ -274,21 +328,7 @@ def _checked(file: File, unit: str, entries: Iterable[tuple[int, Any]], columns:
             yield where, "", None, f"no {' and '.join(columns)}" if isinstance(entry, dict) else "not a JSON object"
             continue
         body = entry[columns[0]] if len(columns) == 1 else tuple(entry[name] for name in columns)
-        value = _label(entry.get(label))
-        yield where, body, value, _fault(body) or (_label_fault(value) if labelled or label in entry else "")
-
-
-def _label(value: Any) -> Any:
-    """Whole numbers that lie in a column with gaps are written as 1.0, and the gaps as NaN: pandas does so."""
-    if not isinstance(value, float):
-        return value
-    return int(value) if value.is_integer() else None if math.isnan(value) else value
-
-
-def _label_fault(value: Any) -> str:
-    if value is None or value == "":
-        return "no label"
-    return "" if isinstance(value, str | int) else f"{type(value).__name__} where a label was wanted"
+        yield _row(where, body, entry.get(label), task, labelled or label in entry)
 
 
 def _entries(file: File, content: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
@@ -305,21 +345,3 @@ def _entries(file: File, content: str, columns: Sequence[str]) -> Iterator[tuple
         raise DataError(f"{file} with columns {', '.join(reader.fieldnames or ())}", wanted=f"a column {missing[0]!r}", do="Name the columns, or add a header.")
     for row in reader:
         yield reader.line_num, row
-
-
-def _numbered(known: Iterable[Any], labels: list[Any], classes: Sequence[str] | None) -> tuple[tuple[str, ...], Tensor | None]:
-    """Names of the classes and the (n,) labels; none where no row has one."""
-    found = {value if type(value) is int else str(value) for value in known if value is not None}
-    if not found:
-        return tuple(classes or ()), None
-    if all(type(value) is int or str(value).isdecimal() for value in found) and not (classes and found <= set(classes)):
-        top = max(map(int, found))
-        if strange := [value for value in (min(map(int, found)), top) if not 0 <= value < MOST_CLASSES]:
-            raise DataError(f"label {strange[0]}", wanted=f"whole numbers from 0, below {MOST_CLASSES}", do="Correct the labels.")
-        return tuple(classes or map(str, range(top + 1))), torch.tensor([int(value) for value in labels])
-    if strange := [value for value in found if type(value) is int]:
-        raise DataError(f"label {strange[0]} beside names", wanted="numbers or names, not both", do="Correct the labels.")
-    names = tuple(classes or sorted(map(str, found)))
-    if missing := sorted(map(str, found - set(names))):
-        raise DataError(f"label {missing[0]!r}", wanted=f"one of {', '.join(names)}", do="Correct the labels, or leave classes out.")
-    return names, torch.tensor([names.index(str(value)) for value in labels])

@@ -1,4 +1,4 @@
-"""What this machine can run, and how fast."""
+"""What this machine can run, how fast, and by which back-end."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import hashlib
 import os
 import platform
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path as File
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from apportion.errors import ApportionError, EngineError
+from apportion.measure.latency import Ratio, Timing, interleaved, ratio
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -88,3 +95,73 @@ def advice(facts: dict[str, Any]) -> list[str]:
     if facts["measured_on"] == "cpu":
         said.append("No GPU is in reach: savings in tokens and width show as time once batch times tokens passes about 800 rows.")
     return said
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One back-end on one module: how it did, or why it is out. Times are None where it was not timed."""
+
+    backend: str
+    out: str  # why it cannot be used; "" where it can
+    build_seconds: float
+    distance: float | None  # largest difference to the reference over the largest value of the reference
+    timing: Timing | None
+    slower: Ratio | None  # its time over that of the fastest
+
+    @property
+    def reason(self) -> str:
+        """Why it stands where it stands, as a sentence."""
+        if self.slower is None:
+            return self.out
+        if self.slower.value == 1:
+            return "the fastest"
+        measured = f"{self.slower.value:.2f} of the fastest one's time ({self.slower.low:.2f} to {self.slower.high:.2f})"
+        return measured if self.slower.low > 1 else f"as fast within the noise: {measured}"
+
+
+def rank_backends(
+    builders: Mapping[str, Callable[[], Callable[..., Tensor]]],
+    reference: Callable[..., Tensor],
+    samples: Sequence[Any],
+    *,
+    tolerance: float = 1e-3,
+    repeats: int = 20,
+    min_seconds: float = 0.0,
+) -> list[Trial]:
+    """Every back-end built once, held against the reference, and timed in the same rounds as the others: best first, those that are out last, with the reason.
+
+    `builders`: name -> what builds the same module by that back-end, or raises a typed error (not installed, not one whole graph), which becomes the reason.
+    `samples`: real arguments of a call; on blank ones a wrong back-end may look right. `tolerance`: of `distance`; single precision stays below 1e-5, and
+    what rounds to 8 bits is out at the default. Those that no 95 % interval tells from the fastest keep the order in which they were given: name the one first
+    that is wanted when nothing speaks against it. Call it in the state in which graphs are run. Cost: the builds, and one run for each back-end and round.
+    Not for other threads, batch sizes or devices than those of this run. Raises EngineError where none is left.
+    """
+    wanted, trials, calls = reference(*samples), dict[str, Trial](), dict[str, Callable[[], Any]]()
+    for name, builder in builders.items():
+        begin = time.perf_counter()
+        try:
+            graph = builder()
+            off = _distance(graph(*samples), wanted)
+        except ApportionError as error:
+            trials[name] = Trial(name, str(error), time.perf_counter() - begin, None, None, None)
+            continue
+        wrong = "" if off <= tolerance else f"answers differ by {off:.2g} of the largest, more than {tolerance:.2g}"
+        trials[name] = Trial(name, wrong, time.perf_counter() - begin, off, None, None)
+        if not wrong:
+            calls[name] = partial(graph, *samples)
+    if not calls:
+        found = "; ".join(f"{name}: {trial.out}" for name, trial in trials.items()) or "no back-end"
+        raise EngineError(found, wanted="one back-end that answers as the module does", do="Install one, or leave the module as it is.")
+    times = interleaved(calls, repeats=repeats, min_seconds=min_seconds)
+    best = min(times, key=lambda name: times[name].median_ms)
+    timed = [replace(trials[name], timing=times[name], slower=ratio(times[name], times[best])) for name in calls]
+    alike, behind = ([trial for trial in timed if trial.slower and (trial.slower.low <= 1) is near] for near in (True, False))
+    return [*alike, *sorted(behind, key=lambda trial: trial.slower or Ratio(0, 0, 0)), *(trial for trial in trials.values() if trial.out)]
+
+
+def _distance(answer: Tensor, wanted: Tensor) -> float:
+    """Infinite where the shapes differ or a value is not a number."""
+    if answer.shape != wanted.shape:
+        return float("inf")
+    off = ((answer - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)).item()
+    return off if off == off else float("inf")

@@ -1,13 +1,16 @@
-"""Bytes of activations at their peak, exact to the allocation and the same in every run."""
+"""Where bytes are: weights, copies of them in graphs, activations at their peak (exact to the allocation, the same in every run), and the whole process."""
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,3 +60,51 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     with torch.no_grad(), _Tracker() as tracker:
         call()
     return tracker.peak
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a served model takes, in bytes; they do not add up to the process, which holds Python, libraries and run times as well."""
+
+    weight_bytes: int
+    copy_bytes: int
+    activation_bytes: int
+    batch: int
+    process_peak_bytes: int | None
+    device_peak_bytes: int | None
+
+    @property
+    def how(self) -> Mapping[str, str]:
+        """How each number was come by."""
+        return {
+            "weight_bytes": "counted: storages of parameters and buffers, each once however many tensors look into it",
+            "copy_bytes": "counted: what the graphs report to hold of weights beside those, before a run time pads or packs them",
+            "activation_bytes": f"followed: largest sum of tensors alive at once in one call of {self.batch}, operator by operator; a compiler may need less",
+            "process_peak_bytes": "asked of the system: largest resident memory of the whole process since it began; null where the system does not say",
+            "device_peak_bytes": "asked of torch: most allocated on the GPU at once since the process began; null without one",
+        }
+
+
+def memory(modules: Iterable[nn.Module], copies: Iterable[int], call: Callable[[], Any], *, batch: int) -> Memory:
+    """The ledger of a model in `modules` with `copies` in its graphs; `call` answers a batch of `batch`, operator by operator. Costs what `peak_bytes` does.
+
+    The peak of the process is of all that it has done so far: to weigh one model, start a process for it.
+    """
+    on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return Memory(weight_bytes(modules), sum(copies), peak_bytes(call), batch, process_peak_bytes(), on_device)
+
+
+def weight_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of all parameters and buffers, where tied and shared ones count once, and a view for the whole storage that it keeps."""
+    tensors = chain.from_iterable(part for module in modules for part in (module.parameters(), module.buffers()))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}.values())
+
+
+def process_peak_bytes() -> int | None:
+    """Largest resident memory of this process since it began; None on Windows."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # macOS counts bytes, others KiB

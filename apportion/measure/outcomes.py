@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from apportion.methods import ops
-from apportion.vocab import Outcomes, Tokens
+from apportion.measure.judge import judge
+from apportion.vocab import Outcomes, Task, Tokens
 
 Look = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Inputs -> the signal (b, f) and every rung's logits (b, k, classes)."""
+"""Inputs -> the signal (b, f) and every rung's answer (b, k, classes), or (b, k, n, classes)."""
 
 
 def look(glance: Callable[[Tensor], tuple[Tokens, Tensor]], rungs: Sequence[Callable[[Tokens], Tensor]]) -> Look:
@@ -26,19 +25,17 @@ def look(glance: Callable[[Tensor], tuple[Tokens, Tensor]], rungs: Sequence[Call
 
 
 @torch.no_grad()
-def measure_outcomes(look: Look, batches: Iterable[tuple[Tensor, Tensor | None]], *, cost: Tensor) -> Outcomes:
+def measure_outcomes(
+    look: Look, batches: Iterable[tuple[Tensor, Tensor | None]], *, cost: Tensor, task: Task = "classification", span: float = 0.0
+) -> Outcomes:
     """Run every rung on every sample, the last rung being the full path; `cost` (k,) is relative to it.
 
-    Without labels a path is correct where it agrees with the full path, and its loss is the cross-entropy with the full path's answer.
+    Without labels a path is as good as it agrees with the full path, and its loss is against the full path's answer.
     """
-    columns: dict[str, list[Tensor]] = {name: [] for name in ("signal", "correct", "agree", "loss", "margin")}
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("signal", "quality", "agree", "loss", "margin")}
     for inputs, labels in batches:
-        signal, logits = look(inputs)
-        answer = logits.argmax(-1)
-        truth = answer[:, -1] if labels is None else labels
+        signal, answers = look(inputs)
+        for name, column in judge(answers, labels, task=task, span=span)._asdict().items():
+            columns[name].append(column)
         columns["signal"].append(signal)
-        columns["agree"].append(answer == answer[:, -1:])
-        columns["correct"].append(answer == truth[:, None])
-        columns["loss"].append(F.cross_entropy(logits.transpose(1, 2), truth[:, None].expand_as(answer), reduction="none"))
-        columns["margin"].append(ops.margin(logits))
     return Outcomes(**{name: torch.cat(parts) for name, parts in columns.items()}, cost=cost)

@@ -60,8 +60,8 @@ _CANVAS: dict[Any, Any] = {
 }
 
 
-def tradeoff(points: Sequence[Point], *, unit: Literal["gmacs", "latency_ms"], axis: str, title: str) -> str:
-    """Accuracy against one cost as an `<svg>` element that needs nothing from outside; every mark carries its numbers as a tooltip.
+def tradeoff(points: Sequence[Point], *, unit: Literal["gmacs", "latency_ms"], axis: str, metric: str = "accuracy") -> str:
+    """Accuracy (or another metric) against one cost as an `<svg>` element that needs nothing from outside; every mark carries its numbers as a tooltip.
 
     Raises DataError where no point has that cost.
     """
@@ -92,11 +92,11 @@ def tradeoff(points: Sequence[Point], *, unit: Literal["gmacs", "latency_ms"], a
                     _beside(axes, point, cost, style["color"])
         axes.margins(x=0.07, y=0.1)
         axes.set_xlabel(axis, labelpad=8)
-        axes.set_ylabel("accuracy, %", labelpad=8)
+        axes.set_ylabel(f"{metric}, %", labelpad=8)
         axes.xaxis.set_major_locator(MaxNLocator(7))
         axes.yaxis.set_major_locator(MaxNLocator(7))
         figure.legend(reverse=True, loc="outside lower center", ncols=2, frameon=False, fontsize=10, handlelength=2.6, labelspacing=0.45)
-        return _inline(_svg(figure), title=title, tips=tips)
+        return _inline(_svg(figure), title=f"{metric} in percent against {axis}; numbers are in the tables", tips=tips)
 
 
 def reliability(bins: Sequence[tuple[float, float, int]], *, title: str) -> str:

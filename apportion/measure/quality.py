@@ -41,6 +41,17 @@ def wilson(correct: int, n: int, *, confidence: float = 0.95) -> Interval:
     return Interval(centre - half if correct else 0.0, centre + half if correct < n else 1.0)  # rounding must not move an end off 0 or 1
 
 
+def mean_interval(quality: ArrayLike) -> Interval:
+    """95 % interval of a mean of numbers between 0 and 1, (n,): Wilson's where all are 0 or 1, else the normal one, which wants some dozens of rows."""
+    values = np.asarray(quality, np.float64)
+    if values.ndim != 1 or not values.size or not ((values >= 0) & (values <= 1)).all():
+        raise DataError(f"values {values.shape}", wanted="a column of numbers from 0 to 1", do="Judge every sample.")
+    if ((values == 0) | (values == 1)).all():
+        return wilson(int(values.sum()), values.size)
+    half = NormalDist().inv_cdf(0.975) * float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else 1.0
+    return Interval(max(0.0, float(values.mean()) - half), min(1.0, float(values.mean()) + half))
+
+
 def _disagreements(full_correct: ArrayLike, ours_correct: ArrayLike) -> tuple[int, int, int]:
     """Samples that only the full path gets right, that only ours does, and all. Raises DataError on columns that do not pair up."""
     full, ours = np.asarray(full_correct), np.asarray(ours_correct)
@@ -55,12 +66,25 @@ def paired_drop(full_correct: ArrayLike, ours_correct: ArrayLike, *, seed: int =
     """Percentage points of accuracy lost, with a 95 % percentile bootstrap over samples (Efron, 1979, Annals of Statistics 7).
 
     Resampling n pairs with replacement draws only how many of each kind come up, hence one multinomial per repeat: O(repeats), whatever n.
-    Not a guarantee: see the risk control of the deciding side for a bound that holds at a stated confidence.
+    Not a guarantee: see the risk control of the deciding side for a bound that holds at a stated confidence. Columns of bool; or of numbers from 0 to 1, of
+    which the pairs themselves are drawn again: O(repeats n).
     """
+    if np.asarray(full_correct).dtype != np.bool_:
+        return _mean_drop(np.asarray(full_correct, np.float64), np.asarray(ours_correct, np.float64), seed, repeats)
     lost, won, n = _disagreements(full_correct, ours_correct)
     drawn = np.random.default_rng(seed).multinomial(n, [lost / n, won / n, (n - lost - won) / n], size=repeats)
     low, high = (100 * np.percentile(drawn[:, 0] - drawn[:, 1], [2.5, 97.5]) / n).tolist()
     return Drop(100 * (lost - won) / n, low, high)
+
+
+def _mean_drop(full: np.ndarray, ours: np.ndarray, seed: int, repeats: int) -> Drop:
+    if full.ndim != 1 or full.shape != ours.shape or not full.size or not ((full >= 0) & (full <= 1) & (ours >= 0) & (ours <= 1)).all():
+        found = f"{full.dtype} {full.shape} against {ours.dtype} {ours.shape}"
+        raise DataError(found, wanted="two columns over the same samples, of bool or of numbers from 0 to 1", do="Answer the same samples.")
+    lost, generator = 100 * (full - ours), np.random.default_rng(seed)
+    drawn = [lost[generator.integers(0, lost.size, lost.size)].mean() for _ in range(repeats)]
+    low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
+    return Drop(float(lost.mean()), low, high)
 
 
 def mcnemar(full_correct: ArrayLike, ours_correct: ArrayLike) -> float:

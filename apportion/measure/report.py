@@ -22,7 +22,7 @@ Text = str | int | float | bool | None
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One model as a whole. Accuracy in percent with its interval, milliseconds per input at each batch size, activations at their peak."""
+    """One model as a whole. Accuracy (or the task's metric) in percent with its interval, milliseconds per input at each batch size, peak of activations."""
 
     name: str
     accuracy: float
@@ -90,6 +90,7 @@ class Report:
     passages: tuple[Passage, ...] = ()
     notes: tuple[str, ...] = ()
     conditions: Mapping[str, Text] = field(default_factory=dict)
+    metric: str = "accuracy"  # what is in percent
 
     def __post_init__(self) -> None:
         for where, value in _numbers(self, "report"):
@@ -159,13 +160,13 @@ def render(report: Report) -> str:
 
 def _charts(report: Report, batch: int) -> Iterator[str]:
     """Work first, then time; the time only where it was measured."""
-    yield tradeoff(report.points, unit="gmacs", axis="GMACs per input", title="Accuracy in percent against GMACs per input; numbers are in the tables")
+    yield tradeoff(report.points, unit="gmacs", axis="GMACs per input", metric=report.metric)
     if any(point.latency_ms is not None for point in report.points):
         yield tradeoff(
             report.points,
             unit="latency_ms",
             axis=f"ms per input, batch {batch}",
-            title="Accuracy in percent against milliseconds per input; numbers are in the tables",
+            metric=report.metric,
         )
 
 
@@ -192,7 +193,7 @@ def headlines(report: Report) -> list[Headline]:
     speed, memory = dense.latency_ms[batch] / ours.latency_ms[batch], ours.peak_bytes / dense.peak_bytes - 1
     low, high = ours.accuracy_interval
     return [
-        Headline(f"{_signed(points, 2)}", f"points of accuracy: {ours.accuracy:.2f} % ({low:.2f} to {high:.2f})", points >= 0 or dense.accuracy <= high),
+        Headline(f"{_signed(points, 2)}", f"points of {report.metric}: {ours.accuracy:.2f} % ({low:.2f} to {high:.2f})", points >= 0 or dense.accuracy <= high),
         Headline(f"{_signed(100 * work, 1)} %", f"multiply-adds: {ours.gmacs:.3g} of {dense.gmacs:.3g} GMACs per input", work < 0),
         Headline(f"{speed:.2f}×", f"as fast at batch {batch}: {ours.latency_ms[batch]:.2f} ms per input", speed > 1),  # noqa: RUF001
         Headline(f"{_signed(100 * memory, 1)} %", f"peak memory of activations: {ours.peak_bytes / 2**20:.1f} MiB", memory <= 0),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from apportion.vocab import Task
+
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "tanh", "identity"]
 
 
@@ -43,7 +45,7 @@ class Architecture:
     final_norm: bool = True
     head_norm: bool = False  # a norm after pooling
     head_bias: bool = True
-    pool: Literal["class_token", "mean", "attention_pool", "distilled", "prefix_mean"] = "class_token"
+    pool: Literal["class_token", "mean", "attention_pool", "distilled", "prefix_mean", "every_token"] = "class_token"
     norm_bias: bool = True
     first_norm: bool = True  # False: no norm before the first mixer (ModernBERT)
     gated: bool = False  # GeGLU, SwiGLU: hidden units multiplied by those of a third layer
@@ -90,6 +92,12 @@ class Architecture:
     relative_gate: bool = False  # each query says how much of the bias by distance it lets in (WavLM)
     content_to_position: bool = False  # each query has a score of its own for each bucket of distance (DeBERTa); `relative_range` 0: one for each distance
     position_to_content: bool = False  # so has each key
+    grey_level: float = 0.0  # one of 255 in the units of an image: plain squares of four patches may become one token each; 0: never
+    tape: int = 0  # places behind the patches of an image for what it reads from a bank; 0: none
+    tape_rows: int = 0  # of that bank
+    tape_key: int = 0  # channels by which a row is sought; 0: dim
+    task: Task = "classification"  # what the `classes` outputs mean
+    span: float = 0.0  # how far numbers range that are foretold: an error of this much is worth nothing
 
     @property
     def tokens(self) -> int:
@@ -103,7 +111,7 @@ class Architecture:
         if self.frames and self.patch:
             rows, columns = ((side - self.patch) // step + 1 for side, step in zip((self.bands, self.frames), self.patch_steps, strict=True))
             return rows * columns + self.prefix
-        return (self.frames + 1) // 2 if self.frames else self.grid**2 + self.prefix
+        return (self.frames + 1) // 2 if self.frames else self.grid**2 + self.prefix + self.tape
 
     @property
     def grid(self) -> int:

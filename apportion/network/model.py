@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apportion.errors import PathError
+from apportion.errors import PathError, PlanError
 from apportion.methods import find
+from apportion.methods.task import sight
 from apportion.network.architecture import Architecture
 from apportion.network.gate import Gate
 from apportion.vocab import Notes, Path, Space, Step, Tokens
@@ -63,7 +64,7 @@ def tokeniser(a: Architecture) -> Any:
         )
     if a.samples or a.frames:
         return _of_sound(a)
-    return find("tokeniser", "patch")(
+    patches = find("tokeniser", "patch")(
         image_size=a.image_size,
         channels=a.channels,
         patch=a.patch,
@@ -75,6 +76,19 @@ def tokeniser(a: Architecture) -> Any:
         stem=a.stem,
         norm=layer_norm(a) if a.stem_norm else nn.Identity(),
     )
+    if a.grey_level:
+        patches = find("tokeniser", "apt").from_dense(patches, level=a.grey_level)  # pyright: ignore[reportAttributeAccessIssue]
+    return _taped(a, patches) if a.tape else patches
+
+
+def _taped(a: Architecture, part: Any) -> Any:
+    """Raises PlanError where tokens have a place by their number, which those behind the patches have not."""
+    if a.rotary or a.relative_buckets or a.window or a.grey_level:
+        raise PlanError(
+            "a tape behind patches with rotary positions, a window, a bias by distance or adaptive sizes", wanted="learned positions", do="Leave the tape out."
+        )
+    tape = find("tokeniser", "adatape")
+    return tape.from_dense(part, rows=a.tape_rows, dim=a.dim, key=a.tape_key or a.dim, reads=a.tape, hidden=a.hidden)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _of_sound(a: Architecture) -> Any:
@@ -209,6 +223,8 @@ class Network(nn.Module):
         extra = (
             {"heads": a.pool_heads or a.heads, "hidden": a.pool_hidden or a.hidden, "act": activation(a.activation), "pool_norm": layer_norm(a)}
             if a.pool == "attention_pool"
+            else {"words": a.words > 0}
+            if a.pool == "every_token"
             else {}
         )
         project = projection(a)
@@ -234,12 +250,17 @@ class Network(nn.Module):
             reduces=block.reducer.reduces,  # pyright: ignore
             skips=self.depth.skips,
             orders=self.depth.orders(a.depth),
+            entering=self.tokeniser.entering,
         )
 
     def forward(self, inputs: Tensor, path: Path, notes: Notes | None = None) -> Tensor:
         """Logits along `path`. `notes`, an empty dict of the caller's, receives "feature" (b, n, d), "size" and "origin" after each step. Raises PathError."""
         self.space.check(path)
-        return self.finish(self.run(self.tokeniser(inputs, path.patch), path.steps, notes))
+        return self.finish(self.run(self.enter(inputs, path), path.steps, notes, before=path.entering))
+
+    def enter(self, inputs: Tensor, path: Path) -> Tokens:
+        """What the tokeniser makes of the inputs along `path`."""
+        return self.tokeniser(inputs, path.patch) if path.entering is None else self.tokeniser(inputs, path.patch, path.entering)
 
     def run(self, tokens: Tokens, steps: tuple[Step, ...], notes: Notes | None = None, *, before: int | None = None) -> Tokens:
         """Tokens after these steps of a path; `before`: what the path states before the first of them, where that is not the beginning."""
@@ -269,12 +290,13 @@ class Network(nn.Module):
 
     def macs(self, path: Path) -> int:
         """Multiply-adds of one sample along `path`, in closed form."""
-        return self.tokeniser.macs(path.patch) + self.segment_macs(0, len(path.steps), path)
+        start = self.tokeniser.macs(path.patch) if path.entering is None else self.tokeniser.macs(path.patch, path.entering)
+        return start + self.segment_macs(0, len(path.steps), path)
 
     def segment_macs(self, first: int, last: int, path: Path) -> int:
         """Multiply-adds of the steps from `first` up to `last`, with the head where `last` is the end."""
         prefix, total = self.architecture.prefix, 0
-        before = path.tokens[first - 1] if first else self.architecture.tokens
+        before = path.tokens[first - 1] if first else path.entering or self.architecture.tokens
         for step in path.steps[first:last]:
             total += self.blocks[step.block].macs(before, step, prefix)  # pyright: ignore[reportCallIssue]
             before = step.tokens
@@ -304,7 +326,7 @@ class At(nn.Module):
         self.network, self.path = network, path
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.network.finish(self.network.run(self.network.tokeniser(inputs, self.path.patch), self.path.steps))
+        return self.network.finish(self.network.run(self.network.enter(inputs, self.path), self.path.steps, before=self.path.entering))
 
 
 class Segment(nn.Module):
@@ -314,7 +336,7 @@ class Segment(nn.Module):
         if not 0 <= first <= last <= len(path.steps):
             raise PathError(f"steps {first} to {last}", wanted=f"a range within the {len(path.steps)} steps of {path.name}", do="Correct the range.")
         self.network, self.steps, self.ends = network, path.steps[first:last], last == len(path.steps)
-        self.before = path.tokens[first - 1] if first else network.space.tokens
+        self.before = path.tokens[first - 1] if first else path.entering
 
     def forward(self, tokens: Tokens) -> Tokens | Tensor:
         tokens = self.network.run(tokens, self.steps, before=self.before)
@@ -338,8 +360,8 @@ class Station(nn.Module):
 class Glance(nn.Module):
     """Tokeniser and the first full blocks, and what can be seen there: pooled features and how sure the head would already be.
 
-    The signal (b, features) holds, after the final norm: the mean and spread of the tokens, the first token where it is a class token, and of the
-    head's answer at this point the five largest probabilities, the margin between the first two, and the entropy.
+    The signal (b, features) holds, after the final norm: the mean and spread of the tokens, the first token where it is a class token, and what the
+    head's answer at this point shows (`methods.task.sight`).
     """
 
     def __init__(self, network: Network, steps: int) -> None:
@@ -356,10 +378,7 @@ class Glance(nn.Module):
         if tokens.prefix:
             parts.append(x[:, 0])
         if self.network.architecture.classes:
-            logits = self.network.head(tokens._replace(x=x)).float()
-            top = logits.softmax(-1).topk(min(5, logits.shape[-1]), -1).values
-            entropy = -(F.log_softmax(logits, -1) * logits.softmax(-1)).sum(-1, keepdim=True)
-            parts += [top, top[:, :1] - top[:, 1:2], entropy]
+            parts.append(sight(self.network.head(tokens._replace(x=x)), self.network.architecture.task))
         return tokens, torch.cat([part.float() for part in parts], -1)
 
     def macs(self) -> int:

@@ -71,7 +71,7 @@ class Sounds:
 class Texts:
     """Texts held in memory as tokens, int64 (n, length) or with their types (n, 2, length), given out without the columns that are `padding` in all of a batch.
 
-    Raises DataError for other shapes or dtypes, and for labels that are not one for each.
+    Integer labels may be of tokens, (n, length), and are cut alike. Raises DataError for other shapes or dtypes, and for labels that are not for each text.
     """
 
     def __init__(self, tokens: Tensor, labels: Tensor | None = None, *, padding: int) -> None:
@@ -88,7 +88,10 @@ class Texts:
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         longest = int(self.sizes[index].max())
-        return self.tokens[index, ..., :longest].contiguous(), None if self.labels is None else self.labels[index]
+        if self.labels is None:
+            return self.tokens[index, ..., :longest].contiguous(), None
+        of_tokens = self.labels.ndim == 2 and not self.labels.is_floating_point()
+        return self.tokens[index, ..., :longest].contiguous(), self.labels[index, :longest] if of_tokens else self.labels[index]
 
 
 POOL = 32

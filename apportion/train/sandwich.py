@@ -5,6 +5,7 @@ Yu and Huang 2019, "Universally Slimmable Networks", arXiv 1903.05134, sections 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apportion.errors import PlanError
-from apportion.methods import find, ops
+from apportion.methods import ops
 from apportion.network import Network
 from apportion.train.loop import Objective
-from apportion.vocab import Notes, Path, Tokens
+from apportion.train.tasks import taught_by
+from apportion.vocab import Notes, Path, Task, Tokens
 
 
 class Seen(NamedTuple):
@@ -44,7 +46,13 @@ def sandwich(
     teacher: Network | None = None,
     temperature: float = 1.0,
     feature_weight: float = 1.0,
+    logit_weight: float = 1.0,
+    label_weight: float = 1.0,
+    excess_weight: float = 0.0,
+    slack: float = 0.0,
     label_smoothing: float = 0.1,
+    task: Task = "classification",
+    span: float = 0.0,
 ) -> Objective[Network]:
     """The objective whose loss is that of the full path, plus the mean over its exits, plus the cheapest other path of `paths` and `extra` more.
 
@@ -53,16 +61,21 @@ def sandwich(
 
     Without a teacher the full path learns from the labels and, held constant, teaches the others; with one (frozen, in eval mode, of the same width) every
     path learns from it, the full one too, so that it does not drift, and labels may be missing. A taught path's loss is
-    `distil(logits) + feature_weight * features(...)`, plus cross-entropy where there are labels.
+    `logit_weight * distil(logits) + feature_weight * features(...) + excess_weight * max(0, excess(...) - slack)^2`, plus `label_weight` times
+    the task's own loss where there are labels. `excess` bounds how much oftener a path errs than what it learns from, `slack` what it may.
 
     Cost per step: (1 + cost of the drawn paths after their parting) forward and backward passes, and one forward pass of the teacher. Raises PlanError where
     there is no path but the full one or the teacher is the network itself; the objective raises TrainError where there are neither labels nor a teacher.
     """
-    soft, hard = find("objective", "distil")(temperature=temperature), find("objective", "cross_entropy")(smoothing=label_smoothing)
+    soft, hard = taught_by(task, span=span, temperature=temperature, label_smoothing=label_smoothing)
+    if excess_weight > 0 and task != "classification":
+        raise PlanError(f"excess_weight {excess_weight:g} for {task}", wanted="0: the bound is on one class for each sample", do="Leave it out.")
 
     def taught(student: Seen, by: Seen, labels: Tensor | None) -> Tensor:
-        loss = soft(student.logits, teacher=by.logits) + feature_weight * features(student, by)
-        return loss if labels is None else loss + hard(student.logits, target=labels)
+        loss = logit_weight * soft(student.logits, teacher=by.logits) + feature_weight * features(student, by)
+        if excess_weight > 0:
+            loss = loss + excess_weight * (excess(student.logits, by.logits, labels) - slack).clamp_min(0).square()
+        return loss if labels is None else loss + label_weight * hard(student.logits, target=labels)
 
     def objective(network: Network, inputs: Tensor, labels: Tensor | None, rng: random.Random) -> Tensor:
         if teacher is network:
@@ -107,6 +120,19 @@ def branch(network: Network, inputs: Tensor, trunk: Seen, path: Path) -> Seen:
     notes = {name: values[:start] for name, values in trunk.notes.items()}
     tokens = Tokens(notes["feature"][-1], notes["size"][-1], notes["origin"][-1], network.space.prefix)
     return Seen(path, network.finish(network.run(tokens, path.steps[start:], notes)), notes)
+
+
+def excess(student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+    """An upper bound on how much oftener a path errs than its teacher, (): a share of the samples, differentiable in the path's logits.
+
+    Whoever answers wrong gives the right class at most 1/2, so -log2 p(right) is at least 1 there, and nowhere below 0. Its mean over all samples, taken as 0
+    where the teacher errs, is hence no less than the share which the teacher gets right and the path does not. Without labels the teacher is always right.
+    Shapes: (b, classes) both; labels (b,) class numbers, or (b, classes) shares, of which the largest counts. Loose where answers are right but unsure.
+    """
+    answer = teacher.argmax(-1)
+    right = answer if labels is None else labels if labels.ndim == 1 else labels.argmax(-1)
+    bits = -student.float().log_softmax(-1).gather(1, right[:, None])[:, 0] / math.log(2)
+    return (bits * (answer == right)).mean()
 
 
 def features(student: Seen, teacher: Seen) -> Tensor:

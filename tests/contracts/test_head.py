@@ -29,16 +29,22 @@ def head_of(name: str) -> nn.Module:
         "hidden": HIDDEN,
         "act": nn.GELU(),
         "pool_norm": nn.LayerNorm(DIM),
+        "words": False,
     }
     method = find("head", name)
     return shake(method(**{key: parts[key] for key in inspect.signature(method).parameters})).requires_grad_(False)
+
+
+def answers(name: str, rows: int, patches: int) -> tuple[int, ...]:
+    """One for each sample, or one for each of its patches."""
+    return (rows, patches, 5) if name == "every_token" else (rows, 5)
 
 
 @every
 def test_a_sample_does_not_depend_on_its_batch(name):
     head, tokens = head_of(name), tokens_of(4, 9)
     together = head(tokens)
-    assert together.shape == (4, 5)
+    assert together.shape == answers(name, 4, 8)
     for order in ([3, 1, 0], [2]):
         assert_close(head(rows(tokens, order)), together[order], rtol=1e-4, atol=1e-5)
 
@@ -48,7 +54,7 @@ def test_a_sample_does_not_depend_on_its_batch(name):
 def test_it_works_after_any_reducer(name, reducer):
     head, tokens = head_of(name), tokens_of(3, 17)
     out = head(fitted("reducer", reducer)[0](tokens, 9, mixed_of(tokens)))
-    assert out.shape == (3, 5) and out.isfinite().all()
+    assert out.shape == answers(name, 3, 16) and out.isfinite().all()
 
 
 @every

@@ -84,6 +84,17 @@ def test_budgets_are_held_and_none_is_passed_where_they_were_set(found: Cascade,
         assert taken(fresh, found.chosen(fresh, budget)).cost == pytest.approx(budget, rel=0.04)
 
 
+@pytest.mark.parametrize("costs", [(0.2, 0.4, 0.7, 1.0), (0.17, 0.33, 0.5, 0.67, 0.83, 1.0)])
+@pytest.mark.parametrize("rows", [1400, 6000])
+def test_little_of_a_budget_stays_unspent(costs: tuple[float, ...], rows: int) -> None:
+    """Between two prices thresholds may jump: the way there is taken in steps as small as it is long."""
+    table = made(rows, costs=costs)
+    held, model = table.rows(torch.arange(rows // 2, rows)), fitted(table)
+    for share in (0.03, 0.06, 0.12, 0.2, 0.3, 0.5, 0.7, 0.9):
+        budget = costs[0] + share * (1 - costs[0])
+        assert 0.98 * budget <= taken(held, model.chosen(held, budget)).cost <= budget + 1e-6, budget
+
+
 def test_it_beats_every_mixture(found: Cascade, fresh: Outcomes) -> None:
     """The margin of a rung says more than the glance does: five points and more in the middle."""
     for budget in (0.4, 0.6, 0.8):

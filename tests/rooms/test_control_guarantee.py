@@ -14,7 +14,7 @@ from scipy.stats import binom, multinomial
 from torch import Tensor
 
 from apportion.control import guarantee
-from apportion.control.guarantee import SLACK, Pairs, certifiable_tolerance, certify, compared, p_value, rows_needed, score
+from apportion.control.guarantee import SLACK, Losses, Pairs, certifiable_tolerance, certify, compared, p_value, rows_needed, score
 from apportion.errors import ControlError, PlanError
 from apportion.vocab import Outcomes
 
@@ -250,8 +250,47 @@ def test_bad_input_is_named() -> None:
             certify(choose, outcomes, **{"tolerance_points": 1.0, "budgets": [0.5], **options})  # pyright: ignore[reportArgumentType]
     with pytest.raises(PlanError, match="one measure"):
         certify(choose, outcomes, tolerance_points=1.0, budgets=[0.5], reference=torch.ones(100, dtype=torch.bool), agreement=True)
-    with pytest.raises(ControlError, match=r"bool \(100,\)"):
+    with pytest.raises(ControlError, match=r"wanted \(100,\)"):
         certify(choose, outcomes, tolerance_points=1.0, budgets=[0.5], reference=torch.ones(99, dtype=torch.bool))
     for wrong in (torch.zeros(99, dtype=torch.int64), torch.zeros(100), torch.full((100,), 2)):
         with pytest.raises(ControlError, match=r"\(100,\) int64, from 0 to 1"):
             certify(lambda budget, wrong=wrong: wrong, outcomes, tolerance_points=1.0, budgets=[0.5])
+
+
+def graded(losses: np.ndarray) -> Outcomes:
+    """A full path of quality 0.5 and a cheaper one that loses so much of it."""
+    quality = torch.stack([torch.from_numpy(0.5 - losses), torch.full((len(losses),), 0.5)], 1)
+    return Outcomes(torch.zeros(len(losses), 1), quality, quality > 0, quality, quality, torch.tensor([0.5, 1.0]))
+
+
+@pytest.mark.parametrize("shape", ["steady", "rare"])
+def test_graded_answers_are_certified_wrongly_no_oftener_than_promised(shape: str) -> None:
+    """The drop is exactly what is tolerated, so every certificate is false: at most delta of them, however what is lost is spread."""
+    rng, delta, rows, repeats, false = np.random.default_rng(0), 0.1, 400, 1000, 0
+    for _ in range(repeats):
+        losses = rng.uniform(-0.2, 0.24, rows) if shape == "steady" else np.where(rng.random(rows) < 0.04, 0.5, 0.0)
+        found = compared(graded(losses.clip(-0.5, 0.5)), torch.zeros(rows, dtype=torch.int64))
+        assert isinstance(found, Losses)
+        false += p_value(found, 2.0) <= delta
+    assert false / repeats <= delta + 2.6 * (delta * (1 - delta) / repeats) ** 0.5
+
+
+def test_graded_answers_are_certified_where_there_is_room() -> None:
+    rng = np.random.default_rng(1)
+    passed = [p_value(Losses(rng.uniform(-0.1, 0.1, 1000)), 1.5) <= 0.1 for _ in range(50)]
+    assert sum(passed) >= 45
+    found = Losses(rng.uniform(-0.1, 0.1, 1000))
+    upper = certifiable_tolerance(found, delta=0.1)
+    assert found.drop_points < upper < 1.5 and p_value(found, upper) <= 0.1
+    need = rows_needed(1.5, drop_points=0.0, discordant_points=found.discordant_points, delta=0.1)
+    assert 50 < need < 1000
+
+
+def test_a_graded_certificate_says_what_it_promises() -> None:
+    table = graded(np.random.default_rng(2).uniform(-0.1, 0.1, 2000))
+    found = certify(by_rung(table), table, tolerance_points=2.0, budgets=[0.5, 1.0])
+    assert found.budget == 0.5 and found.p_value <= 0.1 and found.drop_points < found.upper_points <= 2.0
+    whole = certify(by_rung(table), table, tolerance_points=2.0, budgets=[0.5], reference=torch.full((2000,), 0.5))
+    assert whole.p_value == found.p_value
+    with pytest.raises(ControlError, match="rows would do"):
+        certify(by_rung(table.rows(torch.arange(60))), table.rows(torch.arange(60)), tolerance_points=0.5, budgets=[0.5])

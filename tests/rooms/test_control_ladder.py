@@ -96,7 +96,7 @@ def test_with_a_table_the_next_rung_is_the_one_that_saves_the_oracle_most() -> N
     start = int((accuracy >= 0.5 * accuracy[-1]).int().argmax())
     assert start == 3
     best = min(((3, *middle, 8) for middle in combinations(range(4, 8), 1)), key=spent)
-    assert choose_rungs(accuracy, cost, 3, correct=correct) == list(best)
+    assert choose_rungs(accuracy, cost, 3, quality=correct) == list(best)
     low = min(((0, *middle, 8) for middle in combinations(range(1, 8), 1)), key=spent)
     assert low == (0, 3, 8)
-    assert choose_rungs(accuracy, cost, 3, floor=0.0, correct=correct) == list(low)
+    assert choose_rungs(accuracy, cost, 3, floor=0.0, quality=correct) == list(low)

@@ -204,7 +204,7 @@ def test_operating_point_is_the_first_budget_that_holds(noisy: Controller, fresh
 def test_operating_point_does_not_take_a_lucky_dip(fresh: Outcomes) -> None:
     wrong, right = fresh.correct[:, 0].int().argmin(), fresh.correct[:, 0].int().argmax()
     table = fresh.rows(torch.cat((wrong.expand(10), right.expand(90))))
-    table = replace(table, correct=table.correct | (torch.arange(RUNGS) == RUNGS - 1))
+    table = replace(table, quality=table.correct | (torch.arange(RUNGS) == RUNGS - 1))
 
     def choice(budget: float) -> torch.Tensor:  # ten points are lost on rung 0; by luck none at one small budget
         return torch.full((100,), 3 if abs(budget - 0.28) < 1e-6 or budget > 0.595 else 0)

@@ -153,11 +153,11 @@ def test_reading_of_the_chances(raw: Trees, fresh: Outcomes) -> None:
 def test_a_rung_whose_answers_are_all_alike_has_no_trees(table: Outcomes, fresh: Outcomes) -> None:
     always = table.correct.clone()
     always[:, 2], always[:, 0] = True, False
-    model = fit_trees(replace(table, correct=always), seed=0)
+    model = fit_trees(replace(table, quality=always), seed=0)
     assert not model.leaf[2].any() and not model.leaf[0].any() and model.leaf[1].any()
     p = model(fresh.signal)
     assert bool((p[:, 2] > 0.99).all()) and bool((p[:, 0] < 0.01).all())
-    alike = fit_trees(replace(table, correct=torch.ones_like(always)), seed=0)
+    alike = fit_trees(replace(table, quality=torch.ones_like(always)), seed=0)
     assert alike.config()["trees"] == 0 and bool((alike(fresh.signal) > 0.99).all())
 
 
@@ -181,7 +181,7 @@ def crooked(rows: int, *, seed: int) -> Outcomes:
     table = drawn(rows, seed=seed)
     easy = table.signal[:, 1] * table.signal[:, 2] > 0
     correct = torch.stack([easy, easy, torch.ones_like(easy)], 1)
-    return replace(table, correct=correct, agree=correct)
+    return replace(table, quality=correct, agree=correct)
 
 
 def test_a_controller_on_trees_beats_every_mixture() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from apportion.engine import plain
 from apportion.engine.engine import Engine
 from apportion.errors import EngineError
 from apportion.vocab import Tokens
@@ -233,3 +236,17 @@ def test_inductor_gives_the_same_answers_from_as_many_graphs():
         assert torch.equal(answer.path, path) and (count < 9 or len(set(path.tolist())) == 2)
         torch.testing.assert_close(answer.logits, logits, rtol=0, atol=1e-5)
     assert unique_graphs() - before == 6
+
+
+def test_calls_are_counted_by_the_groups_they_bring_and_measurements_are_not() -> None:
+    made, inputs = engine(), samples(23)
+    made._table._make = plain
+    made.warm()
+    made.forced(inputs, 1)
+    made.decided(inputs, budget=0.5)
+    assert not made.traffic
+    path = made(inputs, budget=0.5).path
+    assert made.traffic == Counter([23, *path.unique(return_counts=True)[1].tolist()]) and len(path.unique()) > 1
+    made.traffic.clear()  # a copy
+    made(inputs[:1], budget=0.5)
+    assert made.traffic[1] >= 2

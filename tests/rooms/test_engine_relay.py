@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -162,3 +163,12 @@ def test_every_back_end_sends_them_the_same_way(backend: str) -> None:
     found, wanted = made(inputs, budget=0.8), other(inputs, budget=0.8)
     assert torch.equal(found.path, wanted.path) and len(set(found.path.tolist())) == 3
     torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-4)
+
+
+def test_calls_are_counted_by_who_comes_to_each_station() -> None:
+    made, inputs = relay(make=plain), samples(23)
+    made.warm()
+    made.forced(inputs, 2)
+    assert not made.traffic
+    path = made(inputs, budget=1.0).path
+    assert made.traffic == Counter(int((path >= place).sum()) for place in range(int(path.max()) + 1)) and len(path.unique()) > 1

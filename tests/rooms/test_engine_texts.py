@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from apportion.engine import Engine, Lengths, cut, lengths, used
+from apportion.engine import Build, Engine, Lengths, build, cut, lengths, plain, used
 from apportion.errors import EngineError
 from apportion.vocab import Tokens
 
@@ -42,11 +44,21 @@ class Padded(Rung):
         return self.head(state.x.mean(1))
 
 
-def made(rung: type[Rung] = Rung, sizes: tuple[int, ...] = (4, 8), buckets: tuple[int, ...] = (1, 4)) -> Lengths:
+def made(rung: type[Rung] = Rung, sizes: tuple[int, ...] = (4, 8), buckets: tuple[int, ...] = (1, 4), make: Build = build) -> Lengths:
     torch.manual_seed(0)
     decide, rungs = Decide(), [rung(), rung()]
     engines = {
-        n: Engine(decide=decide, rungs=rungs, gmacs=torch.tensor([1.0, 2.0]) * n, buckets=buckets, backend="eager", input_shape=(n,), dtype=torch.int64, fill=0)
+        n: Engine(
+            decide=decide,
+            rungs=rungs,
+            gmacs=torch.tensor([1.0, 2.0]) * n,
+            buckets=buckets,
+            backend="eager",
+            input_shape=(n,),
+            dtype=torch.int64,
+            fill=0,
+            make=make,
+        )
         for n in sizes
     }
     return Lengths(engines, padding=PAD)
@@ -125,3 +137,15 @@ def test_cut_and_used_undo_each_other() -> None:
     pair = torch.stack((ids, torch.ones_like(ids)), 1)
     assert used(pair, PAD).tolist() == [3, 1]
     assert cut(ids, 3, PAD)[0].tolist() == [5, PAD, 6] and cut(pair, 6, PAD)[0].tolist() == [[5, PAD, 6, PAD, PAD, PAD], [1, 1, 1, 1, 1, 0]]
+
+
+def test_lengths_and_groups_that_came_are_counted() -> None:
+    engine = made(make=plain)
+    engine.warm()
+    ids = texts(23)
+    engine.forced(ids, 0)
+    assert not engine.tokens and not engine.traffic
+    engine(ids, budget=1.0)
+    assert engine.tokens == Counter(used(ids, PAD).tolist())
+    short = int((used(ids, PAD) <= 4).sum())
+    assert engine.traffic[short] >= 1 and engine.traffic[23 - short] >= 1 and sum(size * often for size, often in engine.traffic.items()) == 2 * 23

@@ -23,7 +23,7 @@ from tests.conftest import PLAN
 _torchvision.ready()
 transformers = pytest.importorskip("transformers")
 from apportion.intake import hf_text  # noqa: E402
-from apportion.intake.hf_families import CLASSIFIES, FAMILIES  # noqa: E402
+from apportion.intake.hf_families import CLASSIFIES, FAMILIES, TAGS  # noqa: E402
 from apportion.intake.hf_text import Answering, describe, examples, labels, read_text  # noqa: E402
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -60,6 +60,18 @@ def compared(model, **how):
 def test_a_family_equals_its_source(name):
     assert compared(tiny(name)).max_abs < 1e-5
     assert compared(tiny(name, "Model"), pooling="mean", unit=True).max_abs < 1e-5
+    assert compared(tiny(name, TAGS)).max_abs < 1e-5
+
+
+def test_the_configuration_says_what_outputs_mean():
+    for options, task in (({"num_labels": 1}, "regression"), ({"problem_type": "multi_label_classification"}, "multilabel"), ({}, "classification")):
+        assert describe(tiny("Bert", **options)).task == task
+    assert describe(tiny("Bert", TAGS)).task == "token_classification" and describe(tiny("Bert", "Model"), pooling="mean").task == "embedding"
+    assert read_model(tiny("Bert"), task="multilabel").network.architecture.task == "multilabel"
+    assert read_model(tiny("Bert", num_labels=3), task="regression").network.architecture.task == "regression"
+    for model, task in ((tiny("Bert"), "token_classification"), (tiny("Bert", TAGS), "classification")):
+        with pytest.raises(PlanError, match="for this model"):
+            read_model(model, task=task)
 
 
 @pytest.mark.parametrize("name", ["Bert", "MPNet", "ModernBert", "Roberta"])
@@ -215,8 +227,6 @@ def test_the_source_is_looked_at_and_left_alone(dtype):
     ("name", "options", "what"),
     [
         ("Bert", {"is_decoder": True}, "is_decoder"),
-        ("Bert", {"problem_type": "multi_label_classification"}, "multi_label"),
-        ("Bert", {"num_labels": 1}, "1 output"),
         ("Bert", {"hidden_act": "mish"}, "mish"),
         ("MPNet", {"pad_token_id": 2}, "pad_token_id 2"),
         ("ModernBert", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, "layer_types"),
@@ -240,9 +250,8 @@ def test_what_cannot_be_read_exactly_is_named(name, options, what):
 @pytest.mark.parametrize(
     ("name", "kind", "what"),
     [
-        ("Bert", "ForTokenClassification", "an answer for each token"),
         ("Roberta", "ForMaskedLM", "language-model"),
-        ("DebertaV2", "ForQuestionAnswering", "an answer for each token"),
+        ("DebertaV2", "ForQuestionAnswering", "a beginning and an end"),
         ("MegatronBert", CLASSIFIES, "MegatronBert"),
     ],
 )

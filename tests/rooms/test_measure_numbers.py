@@ -89,7 +89,9 @@ def test_paired_drop_agrees_with_resampling_rows():
     with pytest.raises(DataError):
         paired_drop(full, ours[:-1])
     with pytest.raises(DataError, match="float"):
-        paired_drop(full * 0.5, ours)
+        paired_drop(full * 1.5, ours * 1.0)
+    halved = paired_drop(full * 0.5, ours * 0.5)
+    assert halved.points == pytest.approx(drop.points / 2) and (halved.low, halved.high) == pytest.approx((drop.low / 2, drop.high / 2), abs=0.35)
 
 
 def test_mcnemar_by_enumeration():

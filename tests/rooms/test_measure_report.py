@@ -139,7 +139,7 @@ def test_json_and_file(tmp_path, page):
 
 def test_a_picture_in_time_needs_times():
     with pytest.raises(DataError, match="latency_ms"):
-        tradeoff([Point("ours", 80.0, 1.0)], unit="latency_ms", axis="ms", title="t")
+        tradeoff([Point("ours", 80.0, 1.0)], unit="latency_ms", axis="ms")
     report = dataclasses.replace(make(), points=(Point("ours", 80.0, 1.0),))
     assert Reader(render(report)).tags.count("svg") == 1
 

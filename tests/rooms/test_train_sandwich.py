@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from apportion.errors import PlanError, TrainError
 from apportion.methods import find
 from apportion.network import Architecture, Network, put
 from apportion.train import Images, Recipe, dense, draw, fit, sandwich
-from apportion.train.sandwich import branch, features, gathered, run, shared
+from apportion.train.sandwich import branch, excess, features, gathered, run, shared
 from apportion.vocab import Choice, Path
 
 torch.set_num_threads(1)
@@ -150,6 +151,68 @@ def test_paths_that_part_late_and_exits_are_read_from_the_full_pass():
     torch.testing.assert_close(got, wanted)
     for mine, theirs in zip(gradients(taught, got), gradients(taught, wanted), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_the_bound_is_its_definition_and_never_below_what_a_path_errs_oftener():
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.1, 1.0, 30.0):
+        student, teacher = (scale * torch.randn(200, 3, generator=generator) for _ in range(2))
+        labels = torch.randint(0, 3, (200,), generator=generator)
+        labels[:100] = teacher[:100].argmax(1)
+        for given, right in ((labels, labels), (F.one_hot(labels, 3).float(), labels), (None, teacher.argmax(1))):
+            share = student.double().softmax(1)
+            bits = [-math.log2(share[row, y].item()) for row, y in enumerate(right.tolist()) if teacher[row].argmax() == y]
+            found = excess(student, teacher, given).item()
+            assert found == pytest.approx(sum(bits) / 200, rel=1e-4)
+            lost = ((teacher.argmax(1) == right) & (student.argmax(1) != right)).float().mean().item()
+            oftener = (student.argmax(1) != right).float().mean() - (teacher.argmax(1) != right).float().mean()
+            assert found >= lost >= oftener.item() - 1e-6
+    assert excess(100 * teacher, teacher, labels).item() == pytest.approx(0, abs=1e-6)  # sure and as right as the teacher
+    torch.testing.assert_close(excess(torch.zeros(4, 2), torch.eye(2).repeat(2, 1), None), torch.tensor(1.0))  # as if by a coin: tight where all are just wrong
+
+
+def test_each_term_has_a_weight_and_the_bound_asks_nothing_below_its_slack():
+    taught, teacher, (inputs, labels) = network(), network(1), batch()
+    path = taught.space.path(width=16)
+
+    def loss(
+        labels: Tensor | None = labels,
+        *,
+        logit_weight: float = 0.0,
+        feature_weight: float = 0.0,
+        label_weight: float = 0.0,
+        excess_weight: float = 0.0,
+        slack: float = 0.0,
+    ) -> Tensor:
+        objective = sandwich(
+            [path],
+            teacher=teacher,
+            logit_weight=logit_weight,
+            feature_weight=feature_weight,
+            label_weight=label_weight,
+            excess_weight=excess_weight,
+            slack=slack,
+        )
+        return objective(taught, inputs, labels, random.Random(0))
+
+    with torch.no_grad():
+        by = run(teacher, inputs, teacher.space.full)
+        seen = [run(taught, inputs, each) for each in (taught.space.full, path)]
+        soft, hard = find("objective", "distil")(), find("objective", "cross_entropy")(smoothing=0.1)
+        assert loss().item() == 0
+        torch.testing.assert_close(loss(logit_weight=2.0), 2 * sum(soft(one.logits, teacher=by.logits) for one in seen))
+        torch.testing.assert_close(loss(label_weight=2.0), 2 * sum(hard(one.logits, target=labels) for one in seen))
+        torch.testing.assert_close(loss(feature_weight=2.0), 2 * sum(features(one, by) for one in seen))
+        for given in (labels, None):
+            bounds = torch.stack([excess(one.logits, by.logits, given) for one in seen])
+            between = bounds.mean().item()
+            assert bounds.min() < between < bounds.max()
+            wanted = 3 * (bounds.max() - between) ** 2
+            torch.testing.assert_close(loss(given, excess_weight=3.0, slack=between), wanted)
+    assert all(not gradient.any() for gradient in gradients(taught, loss(excess_weight=1.0, slack=9.0)))
+    assert any(gradient.any() for gradient in gradients(taught, loss(excess_weight=1.0)))
+    with pytest.raises(PlanError, match="excess_weight"):
+        sandwich([path], excess_weight=1.0, task="regression", span=1.0)
 
 
 def test_objectives_say_what_they_miss():

@@ -10,7 +10,7 @@ network. Not where the bank knows nothing that the tokens do not.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,7 @@ class AdaTape(nn.Module):
         changed="always the mean asks: before the first block a class token is the same for all inputs; weights are gathered sample by sample; places not read "
         "have size 0, in means too; no noise on queries, no rows masked at random",
     )
+    entering: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -84,6 +85,10 @@ class AdaTape(nn.Module):
         self.rows, self.dim, self.key, self.reads, self.among, self.threshold, self.hidden = rows, dim, key, reads, among, threshold, hidden
         self.norm = nn.LayerNorm(dim)
         self.up, self.gate, self.down = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    @classmethod
+    def from_dense(cls, part: Tokeniser, *, rows: int, dim: int, key: int, reads: int, hidden: int) -> Self:
+        return cls(part=part, bank=Rows(rows, dim), bank_patch=0, rows=rows, dim=dim, key=key, reads=reads, hidden=hidden)
 
     def forward(self, inputs: Tensor, patch: int) -> Tokens:
         return self.read(inputs, patch).tokens

@@ -18,6 +18,7 @@ class FrameTokeniser(nn.Module):
     """`position` is no parameter: training leaves it alone. A source's own table takes its place on reading."""
 
     card = Card("Whisper frame embedding", "Radford et al. 2022", "2212.04356", None, exact=True, needs="nothing")
+    entering: tuple[int, ...] = ()
 
     def __init__(self, *, frames: int, bands: int, dim: int) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ class PatchTokeniser(nn.Module):
     """`stem` maps the image to (b, d, rows, columns); positions cover the patches, and the prefix too where `position_prefix` says so; None: no positions."""
 
     card = Card("ViT patch embedding", "Dosovitskiy et al. 2021", "2010.11929", None, exact=True, needs="nothing")
+    entering: tuple[int, ...] = ()
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ class SpectrogramTokeniser(nn.Module):
     """`steps`: from one square to the next, in bands and in frames; what is left over at the ends is not seen. Positions cover the `prefix` too."""
 
     card = Card("Spectrogram patch embedding", "Gong et al. 2021", "2104.01778", None, exact=True, needs="nothing")
+    entering: tuple[int, ...] = ()
 
     def __init__(self, *, frames: int, bands: int, patch: int, steps: tuple[int, int], dim: int, prefix: int) -> None:
         super().__init__()

@@ -41,6 +41,7 @@ class WaveTokeniser(nn.Module):
     """
 
     card = Card("wav2vec 2.0 feature encoder", "Baevski et al. 2020", "2006.11477", None, exact=True, needs="nothing")
+    entering: tuple[int, ...] = ()
 
     def __init__(
         self,

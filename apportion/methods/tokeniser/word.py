@@ -22,6 +22,7 @@ class WordTokeniser(nn.Module):
     """
 
     card = Card("Token embedding", "Devlin et al. 2019", "1810.04805", None, exact=True, needs="nothing")
+    entering: tuple[int, ...] = ()
 
     def __init__(
         self, *, words: int, length: int, padding: int, dim: int, embedding: int, positions: int, offset: int, types: int, class_token: bool, norm: nn.Module

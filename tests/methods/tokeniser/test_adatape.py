@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,9 @@ from apportion.errors import PlanError
 from apportion.measure.macs import executed_macs
 from apportion.methods.tokeniser.adatape import AdaTape, Rows, extended
 from apportion.methods.tokeniser.patch import PatchTokeniser
-from apportion.network import Architecture, Network
-from apportion.vocab import Step, Tokens
-from tests.conftest import DIM, HEADS, HIDDEN, assert_same_state, images, rows, shake, state_of, tiny
+from apportion.network import Architecture, Network, put
+from apportion.vocab import Choice, Step, Tokens
+from tests.conftest import DIM, HEADS, HIDDEN, PLAN, assert_same_state, images, random_paths, rows, shake, state_of, tiny
 from tests.methods.tokeniser.test_word import ids, padded
 from tests.methods.tokeniser.test_word import tiny as text_network
 
@@ -275,3 +277,40 @@ def test_it_learns_which_row_to_read_and_to_stop_when_it_has_read_it():
         without = float((answer(network, blank).argmax(-1) == value).float().mean())
     first, after = float((read.rows[:, 0, 0] == place).float().mean()), float(read.reads.float().mean())
     assert right >= 0.95 and without <= 0.25 and first >= 0.95 and after <= float(told) - 0.5, (right, without, first, float(told), after)
+
+
+def taped_network(*choices: Choice, flavour: str = "class_token") -> Network:
+    torch.manual_seed(2)
+    network = Network(replace(tiny(flavour).architecture, tape=6, tape_rows=40, tape_key=KEY)).eval()
+    shake(network)
+    network.tokeniser.norm.weight.data.mul_(2.5)
+    for choice in choices:
+        put(network, choice)
+    return network.requires_grad_(False)
+
+
+@pytest.mark.parametrize("flavour", ["registers", "mean"])
+def test_a_network_with_a_tape_answers_as_one_that_has_only_what_was_read(flavour):
+    network, inputs = taped_network(flavour=flavour), images(8)
+    whole, tape = network(inputs, network.space.full), network.tokeniser.read(inputs, 4)
+    assert network.space.tokens == tape.tokens.x.shape[1] == tiny(flavour).space.tokens + 6 and len(tape.reads.unique()) > 1
+    for sample in range(8):
+        n = network.space.tokens - 6 + int(tape.reads[sample])
+        assert (tape.tokens.size[sample, :n] > 0).all()
+        read = Tokens(tape.tokens.x[sample : sample + 1, :n], torch.ones(1, n), torch.arange(n)[None], network.space.prefix)
+        assert_close(answer(network, read)[0], whole[sample], rtol=1e-4, atol=1e-4)
+        assert_close(network(inputs[sample : sample + 1], network.space.full)[0], whole[sample], rtol=1e-4, atol=1e-4)
+
+
+def test_its_multiply_adds_are_those_that_run_along_every_path():
+    network = taped_network(*PLAN)
+    for path in random_paths(network, 5):
+        assert executed_macs(lambda path=path: network(images(1), path)) == network.macs(path)
+    assert network.macs(network.space.full) > tiny().macs(tiny().space.full)
+
+
+def test_without_a_tape_nothing_is_built_and_where_places_are_numbers_it_is_refused():
+    assert not tiny().architecture.tape and isinstance(tiny().tokeniser, PatchTokeniser)
+    for more in ({"rotary": 100.0}, {"relative_buckets": 52}, {"grey_level": 0.2}):
+        with pytest.raises(PlanError, match="tape"):
+            Network(replace(tiny().architecture, tape=6, tape_rows=40, **more))

@@ -1,0 +1,33 @@
+"""An answer for each source token: each is given that of the token it went into. Tokens -> (b, n, classes), 0 where there is no token.
+
+Devlin et al. 2019, "BERT", arXiv 1810.04805, section 5.3, for words; Strudel et al. 2021, "Segmenter", arXiv 2105.05633, section 3.2 (linear decoder), for
+patches. Tokens of the prefix have an answer in texts, where they are words like others, and none in images. So a path that merges still answers for all;
+at padding it may then repeat a neighbour's answer, which nobody reads.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from apportion.methods import ops
+from apportion.vocab import Card, Tokens
+
+
+class EveryToken(nn.Module):
+    """`words`: whether tokens are those of a text, whose `origin` has one source more, which stands for no token."""
+
+    card = Card("A head for each token", "Devlin et al. 2019", "1810.04805", None, exact=True, needs="nothing")
+
+    def __init__(self, *, norm: nn.Module, project: nn.Module, macs_per_token: int, dim: int, words: bool) -> None:
+        super().__init__()
+        self.norm, self.project, self._macs, self.words = norm, project, macs_per_token, words
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        answers = self.project(self.norm(tokens.x)) * (tokens.size > 0)[..., None]
+        return ops.take(answers, tokens.origin[:, :-1] if self.words else tokens.origin[:, tokens.prefix :])
+
+    def macs(self, tokens: int, prefix: int) -> int:
+        return self._macs * tokens
+
+
+METHOD = EveryToken
