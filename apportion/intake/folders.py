@@ -60,6 +60,11 @@ def spread(labels: Tensor | None, order: Tensor, share: float) -> Tensor:
     return chosen
 
 
+def one_class(labels: Tensor | None) -> Tensor | None:
+    """Labels by which samples can be spread evenly: one for each."""
+    return labels if labels is not None and labels.ndim == 1 else None
+
+
 def listed(root: File, split: Split, limit: int | None, what: str) -> Listing:
     """FOLDER/CLASS/FILE, FOLDER/train|val|test/CLASS/FILE, or files without labels; `what` they should be is for the errors. Raises DataError."""
     found, own_split = _split(root, split, what)
@@ -124,10 +129,10 @@ def _children(folder: File) -> list[File]:
 def cut(samples: R, split: Split, limit: int | None, what: str) -> R:
     """One part of what brings no split of its own, at most `limit` of it, both spread evenly over the classes. Raises DataError where nothing is left."""
     if split != "all":
-        test = spread(samples.labels, torch.arange(len(samples)), HELD_OUT)
+        test = spread(one_class(samples.labels), torch.arange(len(samples)), HELD_OUT)
         samples = samples.rows((test if split == "test" else ~test).nonzero().flatten())
     if limit is not None and limit < len(samples):
-        samples = samples.rows(spread(samples.labels, torch.arange(len(samples)), limit / len(samples)).nonzero().flatten())
+        samples = samples.rows(spread(one_class(samples.labels), torch.arange(len(samples)), limit / len(samples)).nonzero().flatten())
     if not len(samples):
         raise DataError(f"no {what} in split {split!r}", wanted="at least one", do="Give more data, or use split='all'.")
     return samples

@@ -15,8 +15,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from apportion.errors import DataError
-from apportion.intake.folders import Listing, OnSkip, Split, cut, listed, spread, usable
+from apportion.intake.folders import Listing, OnSkip, Split, cut, listed, one_class, spread, usable
 from apportion.intake.preprocess import Preprocess
+from apportion.methods.task import UNKNOWN
 
 PIXEL_LIMIT = 64 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -27,7 +28,7 @@ class ImageSet:
     """Pictures and their labels. Arrays are kept as they are, files are decoded when a batch asks for them."""
 
     images: np.ndarray | tuple[File, ...]  # uint8 (n, rows, columns, 3), or files
-    labels: Tensor | None  # (n,) int64
+    labels: Tensor | None  # (n,) int64; of every pixel (n, size, size) int16
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()  # file, why
 
@@ -47,7 +48,7 @@ class ImageSet:
     def split(self, holdout: float, *, seed: int = 0) -> tuple[ImageSet, ImageSet]:
         """(rest, held out): `holdout` of the images, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        held = spread(self.labels, order, holdout)
+        held = spread(one_class(self.labels), order, holdout)
         if held.all() or not held.any():
             raise DataError(
                 f"{len(self)} images, of which {holdout:g} shall be held out", wanted="at least one image on either side", do="Give more data or another share."
@@ -58,13 +59,14 @@ class ImageSet:
         """Raises DataError, naming the first row whose label a network with so many outputs cannot give."""
         if self.labels is None or not len(self):
             return
-        bad = ((self.labels < 0) | (self.labels >= outputs)).nonzero().flatten()
+        labels = self.labels.flatten(1) if self.labels.ndim > 1 else self.labels[:, None]
+        bad = (((labels < 0) & (labels != UNKNOWN)) | (labels >= outputs)).any(1).nonzero().flatten()
         if len(bad):
             row = int(bad[0])
             name = f"row {row}" if isinstance(self.images, np.ndarray) else str(self.images[row])
             wanted = f"0 to {outputs - 1}, as the network has {outputs} outputs"
             raise DataError(
-                f"label {int(self.labels[row])} at {name} ({len(bad)} such labels)",
+                f"label {int(labels[row].max())} at {name} ({len(bad)} such images)",
                 wanted=wanted,
                 do="Map class folders to outputs in a classes.json beside them.",
             )
@@ -74,7 +76,7 @@ class ImageSet:
         order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         for rows in order.split(batch):
             part = self.images[rows.numpy()] if isinstance(self.images, np.ndarray) else [decode(self.images[i]) for i in rows.tolist()]
-            yield preprocess(part), None if self.labels is None else self.labels[rows]
+            yield preprocess(part), None if self.labels is None else self.labels[rows].long()  # masks are held in short
 
     def sizes(self, preprocess: Preprocess) -> None:
         """All are of one size."""
@@ -102,8 +104,8 @@ def read_images(source: str | File, *, split: Split = "all", limit: int | None =
     if path.suffix.lower() == ".npz":
         return cut(_arrays(path, split), "all", limit, "image")
     if path.is_file():
-        return _made(usable(path, Listing((path,)), _fault, "image", on_skip))
-    return _made(usable(path, listed(path, split, limit, "image"), _fault, "image", on_skip))
+        return _made(usable(path, Listing((path,)), fault, "image", on_skip))
+    return _made(usable(path, listed(path, split, limit, "image"), fault, "image", on_skip))
 
 
 def _made(found: Listing) -> ImageSet:
@@ -150,7 +152,7 @@ def _arrays(file: File, split: Split) -> ImageSet:
     return ImageSet(np.concatenate([parts["x_train"], parts["x_test"]]), torch.cat([s.labels for s in sets.values() if s.labels is not None]), classes)
 
 
-def _fault(file: File) -> str:
+def fault(file: File) -> str:
     """Why a file cannot be used; empty where it can. JPEG decodes at an eighth of its size, which still reads every byte."""
     try:
         with _open(file) as image:

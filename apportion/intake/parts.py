@@ -14,6 +14,7 @@ from apportion.errors import DataError, PlanError
 from apportion.intake.audio import AudioSet, read_audio_set
 from apportion.intake.images import ImageSet, read_images
 from apportion.intake.listen import Listen
+from apportion.intake.masks import read_masked
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.read import Source
 from apportion.intake.texts import TextSet, Tokenise, read_texts
@@ -45,15 +46,21 @@ class Reader(Protocol):
     ) -> Samples: ...
 
 
-def reader(feed: Feed, classes: Sequence[str] | None, columns: Mapping[str, str] | None = None, *, task: Task = "classification") -> Reader:
-    """What reads data for a model that is fed so and has this task. `columns`: what "text", "pair" and "label" are called in tables. Raises PlanError."""
-    if not isinstance(feed, Tokenise):
+def reader(feed: Feed | type[Feed], classes: Sequence[str] | None, columns: Mapping[str, str] | None = None, *, task: Task = "classification") -> Reader:
+    """What reads data for a model that is fed so, or by this kind of feed, and has this task. Raises PlanError.
+
+    `columns`: what "text", "pair" and "label" are called in tables.
+    """
+    kind = feed if isinstance(feed, type) else type(feed)
+    if kind is not Tokenise:
         if columns:
-            raise PlanError(f"columns for a model of {KINDS[type(feed)][1]}", wanted="none", do="Leave them out.")
+            raise PlanError(f"columns for a model of {KINDS[kind][1]}", wanted="none", do="Leave them out.")
+        if task == "segmentation" and isinstance(feed, Preprocess):
+            return partial(read_masked, feed=feed)
         if task not in ("classification", "embedding"):
             wanted = "one class for each, or an embedding"
-            raise PlanError(f"{task} of {KINDS[type(feed)][1]}", wanted=wanted, do="Folders hold one label for a file: others are read of texts.")
-        return read_images if isinstance(feed, Preprocess) else read_audio_set
+            raise PlanError(f"{task} of {KINDS[kind][1]}", wanted=wanted, do="Folders hold one label for a file: others are read of texts.")
+        return read_images if kind is Preprocess else read_audio_set
     named = dict(columns or {})
     if unknown := named.keys() - {"text", "pair", "label"}:
         raise PlanError(f"a column for {min(unknown)!r}", wanted="text, pair or label", do="Correct it.")

@@ -47,10 +47,14 @@ class Preprocess:
             raise DataError(f"a {type(image).__name__}", wanted="a picture", do="Give pictures: this model reads no texts.")
         if image.mode != "RGB":
             raise DataError(f"an image of mode {image.mode}", wanted="RGB", do="Convert it with image.convert('RGB').")
+        return self.fit(image, Image.Resampling.BICUBIC if self.interpolation == "bicubic" else Image.Resampling.BILINEAR)
+
+    def fit(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
+        """Resized and cropped, whatever is in its pixels."""
         short = math.floor(self.size / self.crop)
         scale = min(image.size)
         wanted = (short, short) if self.squash else (int(short * image.width / scale), int(short * image.height / scale))
         if image.size != wanted:
-            image = image.resize(wanted, Image.Resampling.BICUBIC if self.interpolation == "bicubic" else Image.Resampling.BILINEAR)
+            image = image.resize(wanted, resampling)
         left, top = round((image.width - self.size) / 2), round((image.height - self.size) / 2)
         return image.crop((left, top, left + self.size, top + self.size))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apportion.errors import DataError, PlanError
 from apportion.intake import parquet
-from apportion.intake.folders import spread
+from apportion.intake.folders import one_class, spread
 from apportion.intake.labels import numbered, parsed
 from apportion.methods.task import UNKNOWN
 from apportion.vocab import Task
@@ -257,11 +257,6 @@ def read_texts(
 
 
 Row = tuple[str, Any, Any, str]  # where, text, label, fault
-
-
-def one_class(labels: Tensor | None) -> Tensor | None:
-    """Labels by which samples can be spread evenly: one for each."""
-    return labels if labels is not None and labels.ndim == 1 else None
 
 
 def _row(where: str, text: Any, label: Any, task: Task, labelled: bool) -> Row:

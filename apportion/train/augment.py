@@ -9,14 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apportion.errors import PlanError
+from apportion.methods.task import UNKNOWN
 from apportion.train.recipe import Recipe
 
 
 def augment(inputs: Tensor, labels: Tensor | None, recipe: Recipe, step: int) -> tuple[Tensor, Tensor | None]:
     """What the recipe asks for, as a function of the step alone. Draws are made on the CPU, so that they are the same on every device.
 
-    inputs (b, c, h, w) float, normalised; with mixup labels (b,) become (b, classes). Raises PlanError where the inputs are no images.
+    inputs (b, c, h, w) float, normalised; with mixup labels (b,) become (b, classes); labels of pixels (b, h, w) move with the pixels.
+    Raises PlanError where the inputs are no images, and for mixup of labels of pixels.
     """
+    if labels is not None and labels.ndim == 3:
+        return _with_masks(inputs, labels, recipe, step)
     if (inputs.ndim != 4 and (recipe.crop_padding or recipe.flip)) or (not inputs.is_floating_point() and recipe.mixup):
         do = "Set crop_padding=0, flip=False and mixup=0."
         raise PlanError(f"inputs of shape {tuple(inputs.shape)}, {inputs.dtype}", wanted="images (b, c, h, w) to crop, flip and mix", do=do)
@@ -29,6 +33,14 @@ def augment(inputs: Tensor, labels: Tensor | None, recipe: Recipe, step: int) ->
         share = random.Random(recipe.derived("mixup", step)).betavariate(recipe.mixup, recipe.mixup)
         inputs, labels = mix(inputs, labels, share, torch.randperm(len(inputs), generator=generator), classes=recipe.classes)
     return inputs, labels
+
+
+def _with_masks(inputs: Tensor, masks: Tensor, recipe: Recipe, step: int) -> tuple[Tensor, Tensor]:
+    """Masks go along as one more channel, in which 0, with which the border is filled up, stands for what is not known."""
+    if recipe.mixup or masks.shape[1:] != inputs.shape[2:]:
+        raise PlanError(f"mixup {recipe.mixup}, masks of {tuple(masks.shape[1:])} for {tuple(inputs.shape)}", wanted="no mixup, one size", do="Set mixup=0.")
+    both, _ = augment(torch.cat((inputs, (masks - UNKNOWN)[:, None].to(inputs.dtype)), 1), None, recipe, step)
+    return both[:, :-1].contiguous(), both[:, -1].long() + UNKNOWN
 
 
 def crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:

@@ -44,7 +44,9 @@ class Images:
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         rows = self.images[index]
         inputs = rows.permute(0, 3, 1, 2).float() / 255 if rows.dtype == torch.uint8 else rows.float()
-        return ((inputs - self.mean) / self.std).contiguous(), None if self.labels is None else self.labels[index]
+        labels = None if self.labels is None else self.labels[index]
+        inputs = ((inputs - self.mean) / self.std).contiguous()
+        return inputs, labels.long() if labels is not None and labels.dtype == torch.int16 else labels  # masks are held in short
 
 
 @final
