@@ -45,8 +45,10 @@ if not out.is_terminal:
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else there.")]
 BackendName = Annotated[str, typer.Option("--backend", help="inductor (compiled, fast) or eager (starts at once).")]
+Measured = Annotated[str, typer.Option("--backend", help="inductor (compiled, fast), eager (starts at once), or auto: whichever is fastest here.")]
 Folder = Annotated[File, typer.Argument(help="The folder of a bundle.")]
-Data = Annotated[str, typer.Option("--data", help="An image folder, an .npz file or `digits`; for texts a .csv, .tsv or .jsonl file, or a folder of them.")]
+DATA = typer.Option("--data", help="An image folder, an .npz file or `digits`; for texts a .csv, .tsv or .jsonl file, or a folder of them.")
+Data = Annotated[str, DATA]
 Columns = Annotated[str | None, typer.Option(help="Other names of the columns in tables of texts: text=sentence,label=intent,pair=second.")]
 
 
@@ -126,7 +128,8 @@ def spoken(row: dict[str, Any]) -> tuple[str, str]:
 @app.command()
 def adapt(
     model: Annotated[str, typer.Argument(help="timm:NAME, a .safetensors file, a text classifier's folder, or `scratch` to train on the data first.")],
-    data: Data,
+    given: Annotated[str | None, typer.Argument(metavar="DATA", help="The same as --data.", show_default=False)] = None,
+    data: Annotated[str | None, DATA] = None,
     to: Annotated[File, typer.Option("--out", help="Where the bundle goes.")] = File("adapted"),
     tolerance: Annotated[float | None, typer.Option(help="Percentage points of accuracy that may be lost.")] = None,
     confidence: Annotated[float | None, typer.Option(help="With which the tolerance is to be certified, such as 0.9, on images kept for that alone.")] = None,
@@ -139,18 +142,24 @@ def adapt(
     task: Annotated[str | None, typer.Option(help="What outputs mean where the model does not say: classification, multilabel or regression.")] = None,
     pooling: Annotated[str | None, typer.Option(help="How an encoder without a head makes one vector: mean, class_token or pooler.")] = None,
     method: Annotated[str | None, typer.Option(help="acm: a gate gives every token its own width (needs epochs), in place of nested widths.")] = None,
-    backend: BackendName = "inductor",
+    kind: Annotated[str | None, typer.Option(help="What the data are, where `scratch` cannot see it: images, texts, recordings or rows (of a table).")] = None,
+    vocabulary: Annotated[int, typer.Option(help="Pieces of words that `scratch` learns from texts.")] = 8000,
+    backend: Measured = "inductor",
     as_json: Json = False,
 ) -> None:
     """Read a trained model, make it adapt its compute to each input, measure it, write the bundle and its report."""
     from apportion import verbs
     from apportion.deliver.bundle import read_plan
+    from apportion.errors import PlanError
     from apportion.intake import Pooling
-    from apportion.network import Architecture
     from apportion.train import Recipe
     from apportion.vocab import Plan, Task
 
-    compiler = verbs.backend(backend)  # a wrong word is refused before anything is trained
+    if (given is None) == (data is None):
+        raise typer.BadParameter("give the data once, behind the model or as --data")
+    data = given or data
+    assert data is not None
+    compiler = verbs.wanted(backend)  # a wrong word is refused before anything is trained
     wanted = Plan() if plan is None else read_plan(plan)
     wanted = wanted if method is None else verbs.with_method(wanted, method)
     changes = {name: value for name, value in (("tolerance", tolerance), ("confidence", confidence), ("epochs", epochs)) if value is not None}
@@ -159,9 +168,21 @@ def adapt(
     images: Any = data
     preprocess = None
     if model == "scratch":
-        shape = Architecture(image_size=32, patch=4, dim=96, depth=6, heads=3, hidden=384, classes=1, stem="conv")
         recipe = Recipe(epochs=10, batch=wanted.batch, seed=wanted.seed)
-        source, preprocess, images = verbs.scratch(data, recipe=recipe, architecture=shape, folder=to / "training" / "dense", tell=tell)
+        source, preprocess, images = verbs.scratch(
+            data,
+            recipe=recipe,
+            kind=kind,
+            columns=named(columns),
+            task=verbs.one_of(Task, task) or "classification",
+            length=length,
+            vocabulary=vocabulary,
+            certify=wanted.confidence > 0,
+            folder=to / "training" / "dense",
+            tell=tell,
+        )
+    elif kind is not None:
+        raise PlanError(f"kind {kind!r} for a model", wanted="`scratch`: a model knows what it reads", do="Leave it out.")
     weighed = verbs.adapt(
         source,
         images,
@@ -184,13 +205,13 @@ def adapt(
 def demo(
     to: Annotated[File, typer.Option("--out", help="Where bundle and report go.")] = File("demo"),
     epochs: Annotated[float, typer.Option(help="Of dense training; half as many teach the paths.")] = 20.0,
-    backend: BackendName = "inductor",
+    backend: Measured = "inductor",
     as_json: Json = False,
 ) -> None:
     """The whole way on handwritten digits, with nothing to bring."""
     from apportion import verbs
 
-    weighed = verbs.demo(to, epochs=epochs, backend=verbs.backend(backend), tell=tell)
+    weighed = verbs.demo(to, epochs=epochs, backend=verbs.wanted(backend), tell=tell)
     show(weighed.figures, lambda: summary(dict(weighed.figures), weighed.report), as_json)
     err.print(f"report: {to / 'report.html'}")
 
@@ -220,11 +241,11 @@ def run(
 
 
 @app.command()
-def bench(folder: Folder, data: Data, columns: Columns = None, backend: BackendName = "inductor", repeats: int = 30, as_json: Json = False) -> None:
+def bench(folder: Folder, data: Data, columns: Columns = None, backend: Measured = "inductor", repeats: int = 30, as_json: Json = False) -> None:
     """Measure a bundle on this device, dense and adaptive in turn, and write the times into it."""
     from apportion import verbs
 
-    weighed = verbs.bench(folder, data, columns=named(columns), backend=verbs.backend(backend), repeats=repeats, tell=tell)
+    weighed = verbs.bench(folder, data, columns=named(columns), backend=verbs.wanted(backend), repeats=repeats, tell=tell)
     show(weighed.figures, lambda: summary(dict(weighed.figures), weighed.report), as_json)
 
 
@@ -279,13 +300,33 @@ def inspect(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """What this machine can run, and how fast."""
+def doctor(
+    model: Annotated[str | None, typer.Option("--model", help="timm:NAME, a .safetensors file, or a text encoder's folder, to rank back-ends on.")] = None,
+    timm_name: Annotated[str | None, typer.Option(help="The timm model that a .safetensors file belongs to.")] = None,
+    random: Annotated[bool, typer.Option("--random", help="Untrained weights, to rank without a download.")] = False,
+    length: Annotated[int | None, typer.Option(help="Tokens of a text, or samples of a recording.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Inputs at once, beside one at a time.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1)] = 20,
+    as_json: Json = False,
+) -> None:
+    """What this machine can run, and how fast; with --model, by which back-end that runs fastest."""
+    from apportion import verbs
     from apportion.measure.doctor import device
 
+    options = {"timm_name": timm_name, "random": random, "length": length}
+    ranking = None if model is None else verbs.backends(model, **options, batch=batch, repeats=repeats, tell=tell).plain()
     facts = device()
     lines = [[key, json.dumps(value) if isinstance(value, dict) else str(value)] for key, value in facts.items() if key != "advice"]
-    show(facts, lambda: grid("this device", ["", ""], [*lines, *(["advice", hint] for hint in facts["advice"])]), as_json)
+    found = facts if ranking is None else {**facts, "backends": ranking}
+    show(found, lambda: grid("this device", ["", ""], [*lines, *(["advice", hint] for hint in facts["advice"])]), as_json)
+    if ranking is not None and not as_json:
+        out.print(standings(str(model), ranking))
+
+
+def standings(model: str, ranking: dict[str, Any]) -> Table:
+    """Back-ends best first, at each batch size."""
+    rows = [[t["backend"], str(t["batch"]), "" if t["ms"] is None else f"{t['ms']:.3f}", f"{t['build_seconds']:.1f}", t["reason"]] for t in ranking["trials"]]
+    return grid(f"back-ends on {model}: {ranking['backend']}", ["", "batch", "ms per input", "s to build", ""], rows)
 
 
 def main() -> None:

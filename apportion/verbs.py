@@ -7,21 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path as File
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from apportion import methods
 from apportion.control import candidates, exits
-from apportion.deliver.adapted import load
+from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.answers import spelled
-from apportion.deliver.costs import profile
+from apportion.deliver.costs import chosen_lengths, profile
 from apportion.deliver.deciding import BATCH, control, outcomes
-from apportion.deliver.weighing import Weighed, check_time, fast_enough, weigh
+from apportion.deliver.weighing import Ranking, Weighed, check_time, fast_enough, made_up, rank, typical, weigh
 from apportion.engine import Backend
-from apportion.errors import DataError, EngineError, PlanError
-from apportion.intake import KINDS, Feed, Listen, Parts, Pooling, Preprocess, Samples, Tokenise, matched, opened, read_model, reader
+from apportion.errors import EngineError, PlanError
+from apportion.intake import KINDS, Feed, Parts, Pooling, Preprocess, Samples, Tokenise, fresh, matched, opened, read_model, reader
 from apportion.intake.labels import span
 from apportion.intake.parts import bare
 from apportion.measure.inspect import Inspection, inspected
@@ -31,6 +31,8 @@ from apportion.train import Data, Images, Recipe, Sounds, Texts, acm, dense, fit
 from apportion.vocab import Choice, Ladder, Plan, Task
 
 Tell = Callable[[str], None]
+Wanted = Backend | Literal["auto"]
+"""A back-end, or whichever is fastest here on the full path and answers as the modules do."""
 GATE = 16  # hidden units of an adaptive computation module's gate, as published
 
 
@@ -53,7 +55,7 @@ def adapt(
     columns: Mapping[str, str] | None = None,
     task: Task | None = None,
     pooling: Pooling | None = None,
-    backend: Backend = "inductor",
+    backend: Wanted = "inductor",
     buckets: Sequence[int] = (1, 8, 32),
     repeats: int = 30,
     tell: Tell = silent,
@@ -63,7 +65,8 @@ def adapt(
     `tolerance` is in percentage points of accuracy (of agreement with the model, where the data has no labels); with `confidence`, such as 0.9, it is certified
     on samples that nothing else saw. For other tasks than one class, points are hundredths of the task's own measure (`measure.judge`), and `task` says what
     outputs mean where the model does not. A model of texts is a folder as transformers or sentence-transformers writes it: texts are cut to `length` tokens, an
-    encoder without a head takes `pooling`, and `columns` says what "text", "label" and, for a second text, "pair" are called in the data. Raises the errors of
+    encoder without a head takes `pooling`, and `columns` says what "text", "label" and, for a second text, "pair" are called in the data. Graphs are built for
+    doubled lengths, or for those that the texts ask for where these save enough. With `backend="auto"` back-ends are timed first. Raises the errors of
     the rooms it visits: Refused for a model that cannot be read exactly, DataError for data, ControlError where no budget holds the tolerance, or the samples
     are too few to certify it.
     """
@@ -83,13 +86,18 @@ def adapt(
         source.network.architecture = replace(source.network.architecture, span=span([samples.labels for samples in (parts.decide, parts.place)]))
     reference = copy.deepcopy(source.network).eval().requires_grad_(False)
     feed = source.fed
+    chosen = graph_lengths(reference, parts, feed, tell)
+    ranking = None
+    if backend == "auto":
+        ranking = rank(reference, typical(reference, parts.decide, feed, max(buckets), chosen), tell=tell)
+        backend = ranking.backend
     taught = prepare(source.network, parts, feed, plan, folder=None if out is None else File(out) / "training", tell=tell)
-    adapted, seen = control(taught, reference, parts, source, plan, backend=backend, buckets=buckets, tell=tell)
+    adapted, seen = control(taught, reference, parts, source, plan, chosen=chosen, backend=backend, buckets=buckets, tell=tell)
     dense_quality = outcomes(reference, Ladder((reference.space.full,), 0), parts.report, feed).quality[:, 0]
-    weighed = weigh(adapted, reference, parts.report, seen, dense_quality, repeats=repeats, tell=tell)
+    weighed = weigh(adapted, reference, parts.report, seen, dense_quality, ranking=ranking, repeats=repeats, tell=tell)
     if plan.never_slower and (faster := fast_enough(weighed, tell=tell)) is not None:
-        adapted, seen = control(taught, reference, parts, source, plan, ladder=faster, backend=backend, buckets=buckets, tell=tell)
-        weighed = weigh(adapted, reference, parts.report, seen, dense_quality, repeats=repeats, tell=tell)
+        adapted, seen = control(taught, reference, parts, source, plan, ladder=faster, chosen=chosen, backend=backend, buckets=buckets, tell=tell)
+        weighed = weigh(adapted, reference, parts.report, seen, dense_quality, ranking=ranking, repeats=repeats, tell=tell)
     if plan.never_slower:
         check_time(weighed)
     if out is not None:
@@ -98,19 +106,49 @@ def adapt(
     return weighed
 
 
+def graph_lengths(network: Network, parts: Parts, feed: Feed, tell: Tell) -> tuple[int, ...]:
+    """Lengths of text to build graphs for, none where it is doubled ones, or no texts."""
+    found, saved = chosen_lengths(network, parts.decide, parts.place, feed)
+    if isinstance(feed, Tokenise):
+        tell(f"graphs for texts of {', '.join(map(str, found))} tokens" if found else "graphs for doubled lengths of text")
+        tell(f"lengths from traffic {'save' if found else 'would save'} {100 * saved:.1f} % of the tokens that doubled ones run")
+    return found
+
+
 def scratch(
-    data: str | File, *, recipe: Recipe, architecture: Architecture, feed: Preprocess | Listen | None = None, folder: File | None = None, tell: Tell = silent
-) -> tuple[Network, Preprocess | Listen, Parts]:
-    """Train a dense network of images, or of sound where `feed` is a Listen, for people who bring data and no model; then it goes through `adapt`."""
-    feed = feed or Preprocess(architecture.image_size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    parts, what = Parts.read(data, seed=recipe.seed, tell=tell, read=reader(feed, None)), KINDS[type(feed)][1]
-    samples = parts.teach
-    if samples is None or samples.labels is None:
-        raise DataError(f"{what} without labels", wanted="a class for each", do=f"Put the {what} of each class into a folder of their own.")
+    data: str | File,
+    *,
+    recipe: Recipe,
+    architecture: Architecture | None = None,
+    feed: Feed | None = None,
+    kind: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    task: Task = "classification",
+    length: int | None = None,
+    vocabulary: int = 8000,
+    certify: bool = False,
+    folder: File | None = None,
+    tell: Tell = silent,
+) -> tuple[Network, Feed, Parts]:
+    """Train a dense network for people who bring data and no model; then it goes through `adapt`.
+
+    What the data are, `kind` says ("images", "texts", "recordings", "rows"), or a `feed`, or else the data themselves (`intake.fresh.kind_of`). Without an
+    `architecture` it is one of moderate size. Of texts a `vocabulary` of so many pieces of words is learned, from those alone that teach, and they are cut to
+    `length` tokens. What a recipe says of pixels counts for images alone. `certify`: samples are kept for a plan that asks for confidence. Raises DataError and
+    PlanError.
+    """
+    which = type(feed) if feed is not None else fresh.kind_of(data, columns) if kind is None else fresh.kind_called(kind)
+    begun = feed or fresh.blank(which, architecture, length)
+    parts = Parts.read(data, seed=recipe.seed, certify=certify, tell=tell, read=reader(begun, None, columns, task=task))
+    samples, what = parts.teach, KINDS[which][1]
+    assert samples is not None  # Parts.read was asked for some
+    feed, shape = fresh.fitted(begun, samples, architecture, task=task, length=length, vocabulary=vocabulary)
+    parts.check(shape.classes)
     torch.manual_seed(recipe.seed)
-    network = Network(replace(architecture, classes=len(samples.classes)))
-    tell(f"training {architecture.depth} blocks of width {architecture.dim} on {len(samples)} {what}")
-    fit(network, _memory(samples, feed), dense(label_smoothing=recipe.label_smoothing), recipe=recipe, folder=folder)
+    network = Network(shape)
+    tell(f"training {shape.depth} blocks of width {shape.dim} on {len(samples)} {what}")
+    objective = dense(label_smoothing=recipe.label_smoothing, task=task, span=shape.span)
+    fit(network, _memory(samples, feed), objective, recipe=recipe if which is Preprocess else replace(recipe, crop_padding=0, flip=False), folder=folder)
     return network, feed, parts
 
 
@@ -178,26 +216,29 @@ def bench(
     data: str | File,
     *,
     columns: Mapping[str, str] | None = None,
-    backend: Backend = "inductor",
+    backend: Wanted = "inductor",
     buckets: Sequence[int] = (1, 8, 32),
     repeats: int = 30,
     tell: Tell = silent,
 ) -> Weighed:
     """Measure a bundle again, on this device and this data, and write the times and the report into it. The dense model is its full path, undecided."""
-    adapted = load(folder, backend=backend, buckets=buckets)
+    adapted, ranking = load(folder, backend="eager" if backend == "auto" else backend, buckets=buckets), None
     bundle, feed = adapted.bundle, adapted.bundle.preprocess
     task = bundle.network.architecture.task
     samples = reader(feed, bundle.classes or None, columns, task=task)(data, split="test")
     samples = bare(samples) if task == "embedding" else samples
     samples.check(bundle.network.architecture.classes)
-    checkpoints, over = bundle.plan.control == "checkpoints", profile(bundle.network, samples, feed)
+    if backend == "auto":
+        ranking = rank(bundle.network, typical(bundle.network, samples, feed, max(buckets), bundle.lengths), tell=tell)
+        adapted = Adapted(bundle, backend=ranking.backend, buckets=buckets)
+    checkpoints, over = bundle.plan.control == "checkpoints", profile(bundle.network, samples, feed, bundle.lengths)
     seen = outcomes(bundle.network, bundle.ladder, samples, feed, decision=bundle.controller.macs, checkpoints=checkpoints, over=over)
-    weighed = weigh(adapted, bundle.network, samples, seen, seen.quality[:, -1], repeats=repeats, tell=tell)
+    weighed = weigh(adapted, bundle.network, samples, seen, seen.quality[:, -1], ranking=ranking, repeats=repeats, tell=tell)
     weighed.adapted.save(folder, extra=weighed.files())
     return weighed
 
 
-def demo(out: str | File, *, epochs: float = 20.0, backend: Backend = "inductor", tell: Tell = silent) -> Weighed:
+def demo(out: str | File, *, epochs: float = 20.0, backend: Wanted = "inductor", tell: Tell = silent) -> Weighed:
     """The whole way on scikit-learn's handwritten digits: train a small transformer, make it adaptive, weigh it, write bundle and report."""
     architecture = Architecture(image_size=16, patch=2, dim=48, depth=6, heads=3, hidden=192, classes=10, stem="conv")
     recipe = Recipe(epochs=epochs, batch=64, learning_rate=2e-3, crop_padding=1, ema=0.99)
@@ -239,6 +280,21 @@ def inspect(
     return inspected(read_model(model, timm_name=timm_name, random=random, image_size=image_size, length=length).network)
 
 
+def backends(
+    model: str | File | nn.Module,
+    *,
+    timm_name: str | None = None,
+    random: bool = False,
+    length: int | None = None,
+    batch: int = 32,
+    repeats: int = 20,
+    tell: Tell = silent,
+) -> Ranking:
+    """Back-ends ranked on a model as it is read, on random inputs, texts at full length: one at a time and `batch` at once. Raises like both."""
+    network = read_model(model, timm_name=timm_name, random=random, length=length).network.eval().requires_grad_(False)
+    return rank(network, made_up(network, batch), repeats=repeats, tell=tell)
+
+
 def systems(name: str | None = None) -> list[dict[str, Any]]:
     """The cards of the shelf. Raises PlanError for a name that is not there."""
     rows = [{"name": method, "slot": slot, **asdict(methods.card(slot, method))} for slot in methods.SLOTS for method in methods.names(slot)]
@@ -254,6 +310,11 @@ def backend(name: str) -> Backend:
         if name == known:
             return known
     raise EngineError(f"back-end {name!r}", wanted=f"one of {get_args(Backend)}", do="Name one of these.")
+
+
+def wanted(name: str) -> Wanted:
+    """A back-end by name, or `auto`. Raises EngineError."""
+    return "auto" if name == "auto" else backend(name)
 
 
 def one_of(kind: Any, name: str | None) -> Any:

@@ -258,7 +258,7 @@ class Outcomes:
 class Answer(NamedTuple):
     """What a call returns, one row for each sample."""
 
-    logits: Tensor  # (b, classes)
+    logits: Tensor  # (b, classes); numbers or an embedding (b, outputs); a class for each token or patch (b, n, classes)
     path: Tensor  # (b,) rung of the ladder taken
     cost: Tensor  # (b,) GMACs spent, controller included
 

@@ -1,4 +1,4 @@
-"""`python -m bench cifar|control|joint|deit|peers|text|perceiver|systems|reading|models|tables|all --data FOLDER`: measure again what lies in `results/`."""
+"""`python -m bench NAME --data FOLDER` measures again what lies in `results/`; `python -m bench --help` lists the names."""
 
 from __future__ import annotations
 
@@ -41,6 +41,29 @@ def text(
     from bench import text as bench
 
     bench.main(data, model, runs, sets=sets.split(","), repeats=repeats)
+
+
+@app.command()
+def packing(
+    data: Data, model: Annotated[File, typer.Option(help="The folder of all-MiniLM-L6-v2, as sentence-transformers writes it.")], repeats: int = 5
+) -> None:
+    """Texts that share rows against graphs by length and against padding, operator by operator."""
+    from bench import packing as bench
+
+    bench.main(data, model, repeats=repeats)
+
+
+@app.command()
+def tasks(
+    data: Data,
+    model: Annotated[File, typer.Option(help="The folder of all-MiniLM-L6-v2, as sentence-transformers writes it.")],
+    runs: File = File("runs/tasks"),
+    repeats: int = 12,
+) -> None:
+    """Sentence embeddings, and a class for each pixel of road scenes."""
+    from bench import tasks as bench
+
+    bench.main(data, model, runs, repeats=repeats)
 
 
 @app.command()
@@ -99,6 +122,30 @@ def systems(data: Data, model: Annotated[File, typer.Option(help="DeiT-Tiny's we
     from bench import systems as bench
 
     bench.main(data, model, repeats=repeats)
+
+
+@app.command()
+def healing(
+    data: Data,
+    networks: Annotated[File, typer.Option(help="Where `bench cifar` left its networks.")] = File("runs/cifar"),
+    runs: File = File("runs/healing"),
+    images: int = 15_000,
+    tests: int = 10_000,
+    seeds: str = "0",
+    repeats: int = 15,
+) -> None:
+    """Every method with the same short healing on one trained network."""
+    from bench import healing as bench
+
+    bench.main(data, networks, runs, images=images, tests=tests, seeds=[int(seed) for seed in seeds.split(",")], repeats=repeats)
+
+
+@app.command()
+def distil(data: Data, runs: File = File("runs/cifar")) -> None:
+    """What each term of the loss of a taught path is worth, on digits and on CIFAR-10."""
+    from bench import distil as bench
+
+    bench.main(data, runs)
 
 
 @app.command()

@@ -34,7 +34,7 @@ DENSE_EPOCHS = 2.5
 HEALING_EPOCHS, HEALING_RATE = 0.94, 7e-4
 # A healing step runs the full path (3 with its backward pass) and the rest of the merged one (0.95): 3.95 against 3 of a dense step.
 LONGER_EPOCHS = 1.2375
-FEATURE_WEIGHT = 0.1  # the full path still learns much itself: tokens of an early exit that had to look like its own would hold it back
+FEATURE_WEIGHT = 0.1  # of the merged path alone: without a frozen teacher an exit's tokens are the full path's own
 GLANCE = 2
 PLAN = Plan(glance=GLANCE, rungs=5, tolerance=0.3)
 BUDGETS = (0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)

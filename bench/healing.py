@@ -1,6 +1,6 @@
 """Every method in its slot of one trained network, each healed on as many images: accuracy against multiply-adds and time, and what no method passes.
 
-`python -m bench.healing --data FOLDER` wants FOLDER/cifar10.npz and the dense network of `python -m bench cifar` under `--networks`. All heal by one rule: the
+`python -m bench healing --data FOLDER` wants FOLDER/cifar10.npz and the dense network of `python -m bench cifar` under `--networks`. All heal by one rule: the
 full path learns from the labels and its answers teach the others, the cheapest and one more in each step. The test images are read once for each method. What
 is done lies under `--runs`, method by method, and is not done again. `--seeds 0,1,2`: the first seed heals everything, the others what we serve.
 """
@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as File
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor, nn
 
 from apportion.control import Controller, Decider, adaptive_gain, decide
@@ -344,20 +343,11 @@ def timed(setting: Setting, every: list[dict[str, Any]], repeats: int) -> None:
             row["ms"] = sum(share * times[f"{found['method']}|rung {rung}"] for rung, share in enumerate(row["share"]))
 
 
-def main(
-    data: Annotated[File, typer.Option(help="The folder with cifar10.npz.")],
-    networks: Annotated[File, typer.Option(help="Where `bench cifar` left its networks.")] = File("runs/cifar"),
-    runs: File = File("runs/healing"),
-    images: int = 15_000,
-    tests: int = 10_000,
-    seeds: str = "0",
-    repeats: int = 15,
-) -> None:
-    """Every method with the same short healing on one trained network."""
+def main(data: File, networks: File, runs: File, *, images: int, tests: int, seeds: Sequence[int], repeats: int) -> None:
     torch.set_num_threads(1)
     train, held, test = cifar.read(data)
     held, test = held.rows(torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:tests]), test.rows(range(min(tests, len(test))))
-    first, *others = (int(seed) for seed in seeds.split(","))
+    first, *others = seeds
     every: dict[int, list[dict[str, Any]]] = {}
     settings = {}
     for seed in (first, *others):
@@ -381,9 +371,5 @@ def main(
     hulls = {cost: hull([row[cost] for row in fixed], [row["accuracy"] for row in fixed]) for cost in ("gmacs", "ms")}
     more = [way for seed in others for way in every[seed]]
     figures = {"images": images, "tests": len(test), "batch": BATCH, "ways": ways, "hull": hulls, "other_seeds": more}
-    results.write("systems-healed", f"python -m bench.healing --data FOLDER --seeds {seeds}", figures)
+    results.write("systems-healed", f"python -m bench healing --data FOLDER --seeds {','.join(map(str, seeds))}", figures)
     draw_healed(figures)
-
-
-if __name__ == "__main__":
-    typer.run(main)

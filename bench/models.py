@@ -53,8 +53,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 REFUSED_TEXT = {
     **dict.fromkeys(("MegatronBert", "Longformer", "FNet"), "ForSequenceClassification"),
     "Bert": "ForMaskedLM",
-    "Roberta": "ForTokenClassification",
-    "Electra": "ForQuestionAnswering",
+    "Roberta": "ForQuestionAnswering",
+    "Electra": "ForPreTraining",
     "XLMRoberta": "ForMultipleChoice",
 }
 
@@ -114,11 +114,11 @@ def text_row(name: str, kind: str, pooling: Any = None, unit: bool = False) -> R
     _torchvision.ready()
     import transformers
 
-    from apportion.intake.hf_families import FAMILIES
+    from apportion.intake.hf_families import CLASSIFIES, FAMILIES, TAGS
     from apportion.intake.hf_text import Answering, examples, read_text
 
     torch.manual_seed(0)
-    if name in FAMILIES and kind in ("Model", "ForSequenceClassification"):
+    if name in FAMILIES and kind in ("Model", CLASSIFIES, TAGS):
         sizes = {} if name == "DistilBert" else TEXT
         model = getattr(transformers, f"{name}{kind}")(getattr(transformers, f"{name}Config")(**{**ALWAYS, **sizes, **SPECIAL.get(name, {})})).eval()
     else:
@@ -142,10 +142,11 @@ def _row(name: str, model: nn.Module, tried: Any) -> Row:
 
 
 def text_rows() -> Iterator[Row]:
-    from apportion.intake.hf_families import FAMILIES
+    from apportion.intake.hf_families import CLASSIFIES, FAMILIES, TAGS
 
     for name in FAMILIES:
-        yield text_row(name, "ForSequenceClassification")
+        yield text_row(name, CLASSIFIES)
+        yield text_row(name, TAGS)
         yield text_row(name, "Model", "mean", True)
     for name in ("Bert", "Roberta", "MPNet", "ModernBert"):
         yield text_row(name, "Model", "class_token")

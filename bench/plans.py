@@ -26,12 +26,12 @@ def compare(
     ways: Mapping[str, Way], network: Network, reference: Network, parts: Parts, source: Source, runs: File, *, repeats: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Figures, rungs, frontier and times of each way, against `reference`, timed on the same back-end; a bundle of each in `runs`."""
-    dense_correct = deciding.outcomes(reference, Ladder((reference.space.full,), 0), parts.report, source.fed).correct[:, 0]
+    dense_quality = deciding.outcomes(reference, Ladder((reference.space.full,), 0), parts.report, source.fed).quality[:, 0]
     found: dict[str, Any] = {}
     for name, way in ways.items():
         tell(name)
         adapted, seen = deciding.control(network, reference, parts, source, way.plan, backend=way.backend, buckets=way.buckets, tell=tell)
-        weighed = weigh(adapted, reference, parts.report, seen, dense_correct, repeats=repeats, tell=tell)
+        weighed = weigh(adapted, reference, parts.report, seen, dense_quality, repeats=repeats, tell=tell)
         weighed.adapted.save(runs / name, extra=weighed.files())
         bundle = weighed.adapted.bundle
         rungs = [{"path": p.name, "gmacs": r.gmacs, "accuracy": r.accuracy} for p, r in zip(bundle.ladder.paths, bundle.rungs, strict=True)]

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from apportion.control import Cascade, Controller, Decider
+from apportion.control.drift import Alarm
 from apportion.deliver import bundle as disk
 from apportion.deliver.bundle import Bundle
 from apportion.deliver.costs import Ledger
@@ -71,8 +72,17 @@ def routed(
     """The engine of these paths, its graphs still to be made; for texts one for each length in `gmacs`, which holds the rungs' costs (k,) by tokens at full."""
     a = network.architecture
 
-    def engine(cost: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Routed:
-        form = {"gmacs": cost.float(), "buckets": buckets, "backend": backend, "input_shape": shape, "dtype": dtype, "fill": fill, "make": make}
+    def engine(cost: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0, padding: int | None = None) -> Routed:
+        form = {
+            "gmacs": cost.float(),
+            "buckets": buckets,
+            "backend": backend,
+            "input_shape": shape,
+            "dtype": dtype,
+            "fill": fill,
+            "padding": padding,
+            "make": make,
+        }
         if isinstance(controller, Cascade):
             exits = [0, *(len(path.steps) for path in ladder.paths)]
             stations = [Checkpoint(network.station(first, last), a.task) for first, last in pairwise(exits)]
@@ -84,7 +94,7 @@ def routed(
     if not isinstance(feed, Tokenise):
         return engine(gmacs[a.tokens], a.input_shape, torch.float32)
     word = int(feed.padding == 0)  # any that is not the padding
-    engines = {length: engine(cost, (2, length) if feed.pairs else (length,), torch.int64, word) for length, cost in gmacs.items()}
+    engines = {length: engine(cost, (2, length) if feed.pairs else (length,), torch.int64, word, feed.padding) for length, cost in gmacs.items()}
     return Lengths(engines, padding=feed.padding)
 
 
@@ -181,6 +191,13 @@ class Adapted:
             raise PlanError(f"budget {budget.amount} ms", wanted=f"at least {times[0]:.3f} ms, the cheapest path", do="Raise the budget.")
         return float(np.interp(budget.amount, times, costs))
 
+    def watch(self, alarm: Alarm, budget: str | float | Budget | None = None) -> Watched:
+        """This model at one budget, with every path taken told to an alarm: `Alarm.start(model(familiar).path, rungs=...)`. Raises PlanError."""
+        rungs = len(self.bundle.ladder.paths)
+        if len(alarm.seen) != rungs:
+            raise PlanError(f"an alarm on {len(alarm.seen)} rungs", wanted=f"{rungs}, one for each path", do="Start it on choices of this very model.")
+        return Watched(self, alarm, budget)
+
     def latency_ms(self, batch: int) -> list[float] | None:
         """Milliseconds per input of every rung on this device at this batch size; None where it was not measured here."""
         table = self.bundle.costs.get(fingerprint())
@@ -204,6 +221,27 @@ class Adapted:
         disk.save(self.bundle, File(folder), extra=extra)
 
 
+@final
+class Watched:
+    """A model whose choices a drift alarm counts, outside its graphs: it answers as before, and says nothing unless it is asked.
+
+    For inputs in the order in which they arrive, not in several threads at once. Cost: that of `Alarm.after`, on the host, behind each answer.
+    """
+
+    def __init__(self, model: Adapted, alarm: Alarm, budget: str | float | Budget | None) -> None:
+        self.model, self.alarm, self.budget = model, alarm, budget
+
+    def __call__(self, inputs: Inputs) -> Answer:
+        answer = self.model(inputs, self.budget)
+        self.alarm = self.alarm.after(answer.path.cpu())
+        return answer
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the alarm has rung: `alarm.raised_at` says after how many inputs, `alarm.level` how near it is."""
+        return self.alarm.raised_at is not None
+
+
 def load(
     folder: str | os.PathLike[str], *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32), cache: str | os.PathLike[str] | None = None
 ) -> Adapted:
@@ -215,4 +253,4 @@ def load(
     return Adapted(disk.load(File(folder)), backend=backend, buckets=buckets, cache=where)
 
 
-__all__ = ["Adapted", "Decide", "Place", "load"]
+__all__ = ["Adapted", "Decide", "Place", "Watched", "load"]

@@ -30,7 +30,7 @@ from torch import nn
 from apportion.control import Cascade, Certificate, Controller, Decider
 from apportion.errors import ApportionError, BundleError, PathError, PlanError
 from apportion.files import write_atomic, write_json
-from apportion.intake import Feed, Listen, Preprocess, Tokenise
+from apportion.intake import Feed, Listen, Preprocess, Tabulate, Tokenise
 from apportion.network import Architecture, Network, put
 from apportion.vocab import Ladder, Path, Plan
 
@@ -98,11 +98,12 @@ class Tokens:
     length: Annotated[int, Field(gt=0)]
     padding: int
     pairs: bool
+    lengths: tuple[int, ...] = ()  # that graphs are built for, ascending; none: each twice the one before
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """plan.toml, as a whole: `preprocess` for a model of images, `tokenise` for one of texts, `listen` for one of sound."""
+    """plan.toml, as a whole: `preprocess` for a model of images, `tokenise` for one of texts, `listen` for one of sound, `tabulate` for one of tables."""
 
     version: int
     plan: Plan
@@ -111,15 +112,19 @@ class Settings:
     preprocess: Preprocess | None = None
     tokenise: Tokens | None = None
     listen: Listen | None = None
+    tabulate: Tabulate | None = None
 
     def __post_init__(self) -> None:
-        a, feeds = self.architecture, ("preprocess", "tokenise", "listen")
-        kind = "tokenise" if a.words else "listen" if a.samples or a.frames else "preprocess"
+        a, feeds = self.architecture, ("preprocess", "tokenise", "listen", "tabulate")
+        kind = "tokenise" if a.words else "listen" if a.samples or a.frames else "tabulate" if a.columns else "preprocess"
         found = [name for name in feeds if getattr(self, name) is not None]
         if found != [kind]:
             raise PlanError(f"{' and '.join(found) or 'nothing'} for inputs, with this architecture", wanted=f"{kind}, and no other", do=AGAIN)
         if self.listen is not None and (self.listen.length, self.listen.bands) != (a.samples or a.frames, a.bands):
             raise PlanError(f"a length of {self.listen.length} and {self.listen.bands} bands", wanted=f"{a.samples or a.frames} and {a.bands}", do=AGAIN)
+        if self.tabulate is not None and (len(self.tabulate.numbers), self.tabulate.entries) != (a.numbers, a.categories):
+            found = f"{len(self.tabulate.numbers)} numbers and categories of {self.tabulate.entries} entries"
+            raise PlanError(found, wanted=f"{a.numbers} and {a.categories}", do=AGAIN)
         if isinstance(self.controller, Stops) != (self.plan.control == "checkpoints"):
             raise PlanError(f"a controller that does not fit control = {self.plan.control!r}", wanted="the sizes of that kind", do=AGAIN)
 
@@ -139,6 +144,7 @@ class Bundle:
     dense_gmacs: float  # of the network that was read, without any decision
     classes: tuple[str, ...] = ()
     certificate: Certificate | None = None  # where a confidence was asked for
+    lengths: tuple[int, ...] = ()  # of texts, that graphs are built for, ascending up to the network's own; none: each twice the one before
     costs: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -155,8 +161,9 @@ def save(bundle: Bundle, folder: File, *, extra: Mapping[str, str] | None = None
         bundle.network.architecture,
         (Stops if isinstance(bundle.controller, Cascade) else Sizes)(**bundle.controller.config()),
         preprocess=feed if isinstance(feed, Preprocess) else None,
-        tokenise=Tokens(feed.length, feed.padding, feed.pairs) if isinstance(feed, Tokenise) else None,
+        tokenise=Tokens(feed.length, feed.padding, feed.pairs, bundle.lengths) if isinstance(feed, Tokenise) else None,
         listen=feed if isinstance(feed, Listen) else None,
+        tabulate=feed if isinstance(feed, Tabulate) else None,
     )
     served = Served(
         glance=bundle.ladder.glance,
@@ -199,7 +206,7 @@ def load(folder: File) -> Bundle:
         network=_fill(network, content["model.safetensors"], folder / "model.safetensors"),
         ladder=_ladder(served, settings, network, folder / "ladder.json"),
         controller=_fill(controller, content["controller.safetensors"], folder / "controller.safetensors"),
-        preprocess=settings.preprocess or settings.listen or _tokenise(settings, _vouched(folder, WORDS, digests), folder / WORDS),
+        preprocess=settings.preprocess or settings.listen or settings.tabulate or _tokenise(settings, _vouched(folder, WORDS, digests), folder / WORDS),
         plan=settings.plan,
         budget=served.budget,
         rungs=served.rungs,
@@ -207,6 +214,7 @@ def load(folder: File) -> Bundle:
         dense_gmacs=served.dense_gmacs,
         classes=served.classes,
         certificate=served.certificate,
+        lengths=() if settings.tokenise is None else settings.tokenise.lengths,
         costs={file.stem: _table(file, digests) for file in _tables(folder)},
         provenance=provenance,
     )
@@ -252,6 +260,8 @@ def _tokenise(settings: Settings, data: bytes, file: File) -> Tokenise:
     assert found is not None  # Settings has one of the two
     if (found.length, found.padding) != (a.length, a.padding) or (found.pairs and a.token_types < 2):
         raise BundleError(f"{file.parent / 'plan.toml'}: tokenise {asdict(found)}", wanted="what the architecture takes", do=AGAIN)
+    if found.lengths and (min(found.lengths) < 1 or list(found.lengths) != sorted(set(found.lengths)) or found.lengths[-1] != a.length):
+        raise BundleError(f"{file.parent / 'plan.toml'}: tokenise.lengths {found.lengths}", wanted=f"positive ones, ascending to {a.length}", do=AGAIN)
     try:
         return Tokenise(data.decode(), length=found.length, padding=found.padding, pairs=found.pairs)
     except UnicodeDecodeError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,13 +11,16 @@ from torch import Tensor
 
 from apportion.control import Cascade
 from apportion.deliver.bundle import Bundle
-from apportion.engine import lengths
+from apportion.engine import choose_lengths, lengths
 from apportion.intake import Feed, Samples, Tokenise
 from apportion.network import Network
 from apportion.vocab import Ladder, Path
 
 Profile = Mapping[int, float]
 """Share of the samples (0..1) at each length that graphs are built for."""
+
+WORTH = 0.03
+"""Share of the tokens run at doubled lengths that other lengths have to save: they are made for these texts, and doubled ones do for any."""
 
 
 def macs(network: Network, path: Path, length: int) -> int:
@@ -33,19 +37,40 @@ def macs(network: Network, path: Path, length: int) -> int:
     return total + network.head.macs(before, a.prefix)
 
 
-def profile(network: Network, samples: Samples, feed: Feed) -> Profile:
-    """How these samples are spread over the lengths that they are padded to."""
-    every, place = places(network, samples, feed)
+def chosen_lengths(network: Network, seen: Samples, held: Samples, feed: Feed) -> tuple[tuple[int, ...], float]:
+    """Lengths for texts like those `seen`, none where doubled ones do as well, and the share of tokens that they save over these on the texts `held`.
+
+    As many as doubled ones at most, none below the shortest of these, which is where a call costs more than padding (`engine.choose_lengths`).
+    """
+    sizes, others = seen.sizes(feed), held.sizes(feed)
+    if sizes is None or others is None:
+        return (), 0.0
+    doubled, traffic = lengths(network.architecture.length), Counter(map(int, sizes))
+    offered = {size: float(size) for size in {doubled[0], doubled[-1], *(size for size in traffic if size > doubled[0])}}
+    found = choose_lengths(traffic, at_most=len(doubled), longest=doubled[-1], costs=offered)
+    saved = 1 - padded(others, found) / padded(others, doubled)
+    return (found, saved) if saved >= WORTH else ((), saved)
+
+
+def padded(sizes: Tensor, every: Sequence[int]) -> int:
+    """Tokens that run where each text is padded to the shortest of these lengths that holds it; `sizes` (n,)."""
+    among = torch.tensor(every)
+    return int(among[torch.searchsorted(among, sizes)].sum())
+
+
+def profile(network: Network, samples: Samples, feed: Feed, chosen: Sequence[int] = ()) -> Profile:
+    """How these samples are spread over the lengths that they are padded to; `chosen` as in a bundle."""
+    every, place = places(network, samples, feed, chosen)
     share = torch.bincount(place, minlength=len(every)).double() / len(place)
     return {length: part for length, part in zip(every, share.tolist(), strict=True) if part}
 
 
-def places(network: Network, samples: Samples, feed: Feed) -> tuple[tuple[int, ...], Tensor]:
+def places(network: Network, samples: Samples, feed: Feed, chosen: Sequence[int] = ()) -> tuple[tuple[int, ...], Tensor]:
     """The lengths that graphs are built for, and for each sample the place of its own among them, (n,)."""
     sizes = samples.sizes(feed)
     if sizes is None:
         return (network.architecture.tokens,), torch.zeros(len(samples), dtype=torch.int64)
-    every = lengths(network.architecture.length)
+    every = tuple(chosen) or lengths(network.architecture.length)
     return every, torch.searchsorted(torch.tensor(every), sizes)
 
 
@@ -89,7 +114,7 @@ class Ledger:
         if not isinstance(bundle.preprocess, Tokenise):
             rungs = torch.tensor([[rung.gmacs for rung in bundle.rungs]], dtype=torch.float64)
             return cls((network.architecture.tokens,), rungs, torch.tensor([bundle.dense_gmacs], dtype=torch.float64))
-        every, checkpoints = lengths(network.architecture.length), isinstance(bundle.controller, Cascade)
+        every, checkpoints = bundle.lengths or lengths(network.architecture.length), isinstance(bundle.controller, Cascade)
         found = [rung_macs(network, ladder, length, decision=bundle.controller.macs, checkpoints=checkpoints) for length in every]
         dense = [macs(network, network.space.full, length) / 1e9 for length in every]
         return cls(every, torch.tensor(found, dtype=torch.float64) / 1e9, torch.tensor(dense, dtype=torch.float64))

@@ -80,20 +80,24 @@ def control(
     plan: Plan,
     *,
     ladder: Ladder | None = None,
+    chosen: tuple[int, ...] = (),
     backend: Backend,
     buckets: Sequence[int],
     tell: Tell,
 ) -> tuple[Adapted, Outcomes]:
-    """Choose the paths to serve (where no ladder is given), learn to decide between them, and find the operating point that holds the tolerance."""
+    """Choose the paths to serve (where no ladder is given), learn to decide between them, and find the operating point that holds the tolerance.
+
+    `chosen`: lengths of text that graphs are built for, as in a bundle.
+    """
     feed = source.fed
-    over = profile(network, parts.place, feed)
+    over = profile(network, parts.place, feed, chosen)
     ladder = ladder or choose_ladder(network, reference, parts.decide, feed, plan, over, backend=backend, buckets=buckets, tell=tell)
     tell(f"learning to decide between {len(ladder.paths)} paths")
     one, _ = next(parts.decide.rows([0]).batches(1, feed))
     checkpoints = plan.control == "checkpoints"
     decision = 0 if checkpoints else decision_macs(network.glance(ladder.glance)(one)[1].shape[1], len(ladder.paths))
 
-    every = served(network, ladder, feed, plan, backend=backend, tell=tell) if backend in COARSE else None
+    every = served(network, ladder, feed, plan, chosen, backend=backend, tell=tell) if backend in COARSE else None
     first = 0
 
     def table(ladder: Ladder, part: Samples, decision: int) -> Outcomes:
@@ -129,6 +133,7 @@ def control(
         dense_gmacs=mean_macs(reference, reference.space.full, over) / 1e9,
         classes=named(tuple(source.classes or parts.report.classes), network.architecture.classes),
         certificate=certificate,
+        lengths=chosen,
         provenance={
             "source": source.provenance,
             "made_on": device(),
@@ -138,14 +143,16 @@ def control(
     return Adapted(bundle, backend=backend, buckets=buckets), seen
 
 
-def served(network: Network, ladder: Ladder, feed: Feed, plan: Plan, *, backend: Backend, tell: Tell) -> Callable[..., tuple[Tensor, Tensor]]:
+def served(
+    network: Network, ladder: Ladder, feed: Feed, plan: Plan, chosen: tuple[int, ...], *, backend: Backend, tell: Tell
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """What the graphs of a back-end that rounds answer, from a rung on: (inputs, first=) -> (sureness for a signal, logits (b, k, classes)).
 
     Raises PlanError where paths are decided for at a glance: what it sees would not be what it learned from.
     """
     if plan.control != "checkpoints":
         raise PlanError(f"back-end {backend!r} with control = {plan.control!r}", wanted='control = "checkpoints"', do="Set it in the plan.")
-    tokens = lengths(network.architecture.length) if isinstance(feed, Tokenise) else (network.architecture.tokens,)
+    tokens = (chosen or lengths(network.architecture.length)) if isinstance(feed, Tokenise) else (network.architecture.tokens,)
     engine = routed(network, ladder, Cascade(len(ladder.paths)), feed, dict.fromkeys(tokens, torch.zeros(len(ladder.paths))), backend=backend, buckets=(1,))
     assert isinstance(engine, Relay | Lengths)
     engine.warm(tell)

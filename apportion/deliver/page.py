@@ -20,7 +20,7 @@ from apportion.measure.doctor import device
 from apportion.measure.latency import Timing, realisation_ratio
 from apportion.measure.pictures import Point, merge_map
 from apportion.measure.quality import mean_interval
-from apportion.measure.report import Decision, Passage, PathRow, Picture, Report, Summary
+from apportion.measure.report import Decision, Held, Passage, PathRow, Picture, Report, Summary
 from apportion.vocab import Outcomes
 
 BINS = 10
@@ -121,11 +121,24 @@ def page(
         points=tuple(points),
         shares={f"operating point ({bundle.budget:.2f}x)": tuple(figures["share"]), **shares},
         decision=decision(bundle, seen, figures["bounds"]),
+        memory=ledger(figures["memory"]),
         pictures=tuple(pictures(adapted, samples, seen, choice)) if isinstance(samples, ImageSet) else (),
         passages=tuple(passages(adapted, samples, seen, choice)) if isinstance(samples, TextSet) else (),
         notes=notes,
         conditions=conditions,
     )
+
+
+def ledger(found: Mapping[str, Any]) -> tuple[Held, ...]:
+    """Where bytes are; what the system does not say is left out."""
+    names = {
+        "weight_bytes": "weights, once for all paths",
+        "copy_bytes": "copies of them in graphs",
+        "activation_bytes": f"activations, a batch of {found['batch']}",
+        "process_peak_bytes": "the whole process",
+        "device_peak_bytes": "on the GPU",
+    }
+    return tuple(Held(name, found[key], found["how"][key]) for key, name in names.items() if found[key] is not None)
 
 
 def decision(bundle: Bundle, seen: Outcomes, found: Mapping[str, Any]) -> Decision:

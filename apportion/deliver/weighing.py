@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import cycle
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,13 @@ from apportion.deliver.adapted import Adapted
 from apportion.deliver.bundle import Bundle
 from apportion.deliver.costs import Ledger, places
 from apportion.deliver.page import card, page, shares_of
-from apportion.engine import build, cut, never_slower, plain, serving
+from apportion.engine import COARSE, Backend, build, cut, never_slower, plain, serving
 from apportion.errors import ControlError
-from apportion.intake import Samples, Tokenise
-from apportion.measure.doctor import device, fingerprint
+from apportion.intake import Feed, Samples, Tokenise
+from apportion.measure.doctor import Trial, device, fingerprint, rank_backends
 from apportion.measure.judge import METRICS, judge
 from apportion.measure.latency import Timing, interleaved, ratio, realisation_ratio
-from apportion.measure.memory import peak_bytes
+from apportion.measure.memory import memory, peak_bytes
 from apportion.measure.quality import mcnemar, paired_drop
 from apportion.measure.report import Report, render, report_dict
 from apportion.network import Network
@@ -31,6 +32,8 @@ from apportion.vocab import Ladder, Outcomes
 
 Tell = Callable[[str], None]
 ROWS = 128  # at a time, where all samples are answered
+EXACT: tuple[Backend, ...] = tuple(name for name in get_args(Backend) if name not in COARSE)
+"""Back-ends that answer as the modules do; of those that time does not tell apart, the first is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +50,96 @@ class Weighed:
         return {"report.html": render(self.report), "report.json": figures + "\n", "README.md": card(self.adapted, self.report.title, self.figures)}
 
 
-def weigh(adapted: Adapted, dense: Network, samples: Samples, seen: Outcomes, dense_quality: Tensor, *, repeats: int, tell: Tell) -> Weighed:
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The back-end to take, and how each did on the full path: batch size -> trials, best first."""
+
+    backend: Backend
+    trials: Mapping[int, Sequence[Trial]]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values; milliseconds are medians per input, None for what was not timed."""
+        return {
+            "backend": self.backend,
+            "trials": [
+                {
+                    "batch": batch,
+                    "backend": trial.backend,
+                    "ms": None if trial.timing is None else trial.timing.median_ms / batch,
+                    "distance": trial.distance if trial.distance is not None and math.isfinite(trial.distance) else None,
+                    "build_seconds": trial.build_seconds,
+                    "reason": trial.reason,
+                }
+                for batch, found in self.trials.items()
+                for trial in found
+            ],
+        }
+
+
+def rank(network: Network, inputs: Tensor, *, repeats: int = 20, tell: Tell) -> Ranking:
+    """Every exact back-end on the full path, one input at a time and all of them at once: `rank_backends`, which says what it costs.
+
+    Who is out in one is not tried in the next. The one taken has the smallest product of times over the fastest's; no lead within the noise counts.
+    Raises EngineError where none is left.
+    """
+    whole, trials = network.at(network.space.full), dict[int, list[Trial]]()
+    left: tuple[Backend, ...] = EXACT
+    with serving():
+        for batch in sorted({1, len(inputs)}):
+            tell(f"timing {len(left)} back-ends at batch {batch}")
+            some = inputs[:batch].contiguous()
+            builders = {name: partial(build, whole, (some,), backend=name, name=f"the full path, batch {batch}") for name in left}
+            trials[batch] = rank_backends(builders, whole, (some,), repeats=repeats)
+            for trial in trials[batch]:
+                tell(f"{trial.backend}, batch {batch}: {' '.join(trial.reason.split())}")
+            left = tuple(name for name in left if any(trial.backend == name and not trial.out for trial in trials[batch]))
+    behind = {name: [trial.slower for found in trials.values() for trial in found if trial.backend == name and trial.slower] for name in left}
+    best = min(left, key=lambda name: math.prod(slower.value if slower.low > 1 else 1.0 for slower in behind[name]))
+    tell(f"back-end: {best}")
+    return Ranking(best, trials)
+
+
+def typical(network: Network, samples: Samples, feed: Feed, count: int, chosen: Sequence[int] = ()) -> Tensor:
+    """So many inputs; of texts, those padded to the length that most of them are padded to."""
+    every, place = places(network, samples, feed, chosen)
+    most = int(place.mode().values)
+    return group(feed, samples, place == most, every[most], count)[1]
+
+
+def made_up(network: Network, count: int) -> Tensor:
+    """So many random inputs of this network's own size, where there is no data: noise, and words that are no padding."""
+    a, generator = network.architecture, torch.Generator().manual_seed(0)
+    if not a.words:
+        return torch.randn(count, *a.input_shape, generator=generator)
+    drawn = torch.randint(a.words - 1, (count, *a.input_shape), generator=generator)
+    return drawn + (drawn >= a.padding)
+
+
+def weigh(
+    adapted: Adapted, dense: Network, samples: Samples, seen: Outcomes, dense_quality: Tensor, *, ranking: Ranking | None = None, repeats: int, tell: Tell
+) -> Weighed:
     """Accuracy on `samples`, of which `seen` is the table; times at batch 1 and at the engine's largest bucket; peak of activations.
 
     `dense` is the network that was read, compiled whole with the same back-end; `dense_quality` (n,) says how good its answers are. Texts are timed in batches
     of one length, the dense network padded to the same; times are means over the lengths of these texts, the peak is that of the longest.
+    `ranking`: why it is this back-end, for the record.
     """
     bundle = adapted.bundle
     tell(f"compiling {adapted.engine.wanted} graphs")
     adapted.warm(tell)
     batches = (1, max(adapted.buckets))
-    every, place = places(bundle.network, samples, bundle.preprocess)
-    groups = [group(bundle, samples, place == number, length, 4 * batches[1]) for number, length in enumerate(every) if bool((place == number).any())]
+    every, place = places(bundle.network, samples, bundle.preprocess, bundle.lengths)
+    here = [number for number in range(len(every)) if bool((place == number).any())]
+    groups = [group(bundle.preprocess, samples, place == number, every[number], 4 * batches[1]) for number in here]
     choice = decide(bundle.controller, seen, bundle.budget)
     times = {batch: mixed([(share, timed(adapted, dense, sample, batch, repeats=repeats, tell=tell)) for share, sample in groups]) for batch in batches}
     rungs_ms = {str(batch): [found[f"rung {k}"].median_ms for k in range(len(bundle.rungs))] for batch, found in times.items()}
     full, sample = dense.space.full, groups[-1][1]
     followed = adapted.built("eager", make=plain)
     followed.warm()
-    peaks = {
-        "dense": peak_bytes(lambda: _quiet(dense.at(full), sample[: batches[1]])),
-        "adaptive": peak_bytes(lambda: followed(sample[: batches[1]], budget=bundle.budget)),
-    }
+    modules, batch = (bundle.network, bundle.controller), sample[: batches[1]]
+    held = memory(modules, [adapted.engine.weight_bytes], lambda: followed(batch, budget=bundle.budget), batch=len(batch))
+    peaks = {"dense": peak_bytes(lambda: _quiet(dense.at(full), batch)), "adaptive": held.activation_bytes}
     ratios = {batch: ratio(found["adaptive"], found["dense"]) for batch, found in times.items()}
     figures = judged(bundle, seen, choice, dense_quality, place=place)
     saved = figures["gmacs_dense"] > figures["gmacs_adaptive"]
@@ -80,6 +151,8 @@ def weigh(adapted: Adapted, dense: Network, samples: Samples, seen: Outcomes, de
             for batch, found in ratios.items()
         },
         "peak_bytes": peaks,
+        "memory": {**asdict(held), "how": dict(held.how)},
+        "backends": None if ranking is None else ranking.plain(),
         "graphs": adapted.engine.wanted,
         "slower_than_dense": _slower(adapted, times),
     }
@@ -93,7 +166,9 @@ def weigh(adapted: Adapted, dense: Network, samples: Samples, seen: Outcomes, de
         "adaptive_ms": {str(batch): found["adaptive"].median_ms for batch, found in times.items()},
         "quartiles_ms": {str(batch): {name: [timing.low_ms, timing.high_ms] for name, timing in found.items()} for batch, found in times.items()},
     }
-    measured = Adapted(replace(bundle, costs={**bundle.costs, fingerprint(): table}), backend=adapted.backend, buckets=adapted.buckets, engine=adapted.engine)
+    chosen = {} if ranking is None else {"backends": ranking.plain()}
+    recorded = replace(bundle, costs={**bundle.costs, fingerprint(): table}, provenance={**bundle.provenance, **chosen})
+    measured = Adapted(recorded, backend=adapted.backend, buckets=adapted.buckets, engine=adapted.engine)
     report = page(measured, samples, seen, choice, dense_quality, times, peaks, figures)
     return Weighed(measured, report, figures)
 
@@ -107,9 +182,9 @@ def kept(adapted: Adapted, samples: Samples, choice: Tensor) -> dict[str, float 
     return {"same_path": (path == choice).double().mean().item(), "accuracy": torch.cat(good).double().mean().item() if good else None}
 
 
-def group(bundle: Bundle, samples: Samples, mine: Tensor, length: int, count: int) -> tuple[float, Tensor]:
+def group(feed: Feed, samples: Samples, mine: Tensor, length: int, count: int) -> tuple[float, Tensor]:
     """The share of the samples that are `mine` (n,) bool, and `count` inputs of them at this length; few are repeated: every batch has to be full."""
-    rows, feed = mine.nonzero()[:, 0], bundle.preprocess
+    rows = mine.nonzero()[:, 0]
     inputs = [inputs for inputs, _ in samples.rows(rows[torch.arange(count) % len(rows)]).batches(count, feed)]
     return len(rows) / len(mine), torch.cat([cut(part, length, feed.padding) if isinstance(feed, Tokenise) else part for part in inputs])
 

@@ -24,7 +24,8 @@ class Engine:
 
     `decide`: (inputs (b, ...), budget (), cap ()) -> (state, rung (b,) int64), where budget and cap are float32 scalars.
     `rungs[k]`: state -> logits (b, classes), the same classes on every rung. `gmacs`: (k,) per sample, controller included.
-    `make` builds the graphs. `input_shape`, `dtype`: of one sample, without the batch; graphs are built on inputs that are all `fill`.
+    `make` builds the graphs. `input_shape`, `dtype`: of one sample, without the batch; graphs are built on inputs that are all `fill`,
+    of texts a third `padding`.
     The device is the one that the modules are on.
     Memory of a call: the glance's states of its whole batch. Not for training: nothing here has a gradient.
 
@@ -43,13 +44,14 @@ class Engine:
         input_shape: tuple[int, ...],
         dtype: torch.dtype = torch.float32,
         fill: int = 0,
+        padding: int | None = None,
         make: Build = build,
     ) -> None:
         if not rungs or gmacs.shape != (len(rungs),):
             raise EngineError(f"{len(rungs)} rungs with costs of shape {tuple(gmacs.shape)}", wanted="at least one rung, one cost for each", do="Measure each.")
         modules = {"decide": decide, **{f"rung {k}": module for k, module in enumerate(rungs)}}
         self._rungs, self._gmacs = len(rungs), gmacs
-        self._table = Table(modules, buckets=buckets, backend=backend, input_shape=input_shape, dtype=dtype, fill=fill, make=make)
+        self._table = Table(modules, buckets=buckets, backend=backend, input_shape=input_shape, dtype=dtype, fill=fill, padding=padding, make=make)
         self._traffic = Counter[int]()
 
     @property

@@ -39,6 +39,7 @@ class Relay:
         input_shape: tuple[int, ...],
         dtype: torch.dtype = torch.float32,
         fill: int = 0,
+        padding: int | None = None,
         make: Build = build,
     ) -> None:
         if len(stations) < 2 or gmacs.shape != (len(stations),):
@@ -46,7 +47,7 @@ class Relay:
             raise EngineError(found, wanted="at least two, one cost for each", do="Measure each.")
         self._last, self._gmacs, self._limits = len(stations) - 1, gmacs, limits
         modules = {f"station {k}": module for k, module in enumerate(stations)}
-        self._table = Table(modules, buckets=buckets, backend=backend, input_shape=input_shape, dtype=dtype, fill=fill, make=make)
+        self._table = Table(modules, buckets=buckets, backend=backend, input_shape=input_shape, dtype=dtype, fill=fill, padding=padding, make=make)
         self._traffic = Counter[int]()
 
     @property

@@ -27,7 +27,8 @@ def plain(module: nn.Module, example: tuple[Any, ...], /, *, backend: Backend, n
 
 @final
 class Table:
-    """One graph for each module and bucket. `input_shape`, `dtype`: of one sample, without the batch; graphs are built on inputs that are all `fill`.
+    """One graph for each module and bucket. `input_shape`, `dtype`: of one sample, without the batch; graphs are built on inputs that are all `fill`,
+    for texts with the last third of them `padding`, so that whatever padding changes is compared too where a graph is compared.
 
     The device is the one that the modules are on. Raises EngineError for an unknown back-end or buckets that are not positive and ascending.
     """
@@ -41,6 +42,7 @@ class Table:
         input_shape: tuple[int, ...],
         dtype: torch.dtype,
         fill: int,
+        padding: int | None = None,
         make: Build,
     ) -> None:
         check_backend(backend)
@@ -52,7 +54,7 @@ class Table:
         self.buckets = tuple(buckets)
         self.modules, self._make = dict(modules), make
         self._backend: Backend = backend
-        self._shape, self._dtype, self._fill = tuple(input_shape), dtype, fill
+        self._shape, self._dtype, self._fill, self._padding = tuple(input_shape), dtype, fill, padding
         tensors = chain.from_iterable(part for module in modules.values() for part in (module.parameters(), module.buffers()))
         self._device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         self._graphs: dict[tuple[str, int], Graph] = {}
@@ -91,7 +93,11 @@ class Table:
 
     def blank(self) -> Tensor:
         """Inputs for the largest bucket."""
-        return torch.full((self.buckets[-1], *self._shape), self._fill, dtype=self._dtype, device=self._device)
+        made = torch.full((self.buckets[-1], *self._shape), self._fill, dtype=self._dtype, device=self._device)
+        if self._padding is not None:
+            ids = made if made.ndim == 2 else made[:, 0]
+            ids[:, -(ids.shape[1] // 3) or ids.shape[1] :] = self._padding
+        return made
 
     def limits(self, budget: float, cap: float) -> tuple[Tensor, Tensor]:
         """Budget and cap as graphs take them. Raises EngineError for what is not a number."""

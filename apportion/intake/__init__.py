@@ -8,6 +8,7 @@ from apportion.intake.listen import Listen
 from apportion.intake.parts import KINDS, Feed, Parts, Samples, matched, reader
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.read import Source, read_model
+from apportion.intake.rows import RowSet, Tabulate, read_rows
 from apportion.intake.texts import TextSet, Tokenise, read_texts
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "Parts",
     "Pooling",
     "Preprocess",
+    "RowSet",
     "Samples",
     "Source",
+    "Tabulate",
     "TextSet",
     "Tokenise",
     "matched",
@@ -28,6 +31,7 @@ __all__ = [
     "read_audio_set",
     "read_images",
     "read_model",
+    "read_rows",
     "read_texts",
     "reader",
 ]

@@ -1,4 +1,4 @@
-"""What a user hands over to be answered: pictures or recordings among files and folders, or texts, in tables or as they stand."""
+"""What a user hands over to be answered: pictures or recordings among files and folders, texts, in tables or as they stand, or rows of tables."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from apportion.intake import audio
 from apportion.intake.images import decode
 from apportion.intake.listen import Listen
 from apportion.intake.parts import Feed
+from apportion.intake.rows import Tabulate, read_rows
 from apportion.intake.texts import SUFFIXES, Text, Tokenise, read_texts
 
 NO_COLUMN = "\0"  # what is asked is not what is known: labels in the table are left alone
 
 
 def opened(inputs: Sequence[str | File], feed: Feed, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Any, str]]:
-    """(name, picture, text or recording, "") for each input, and (name, None, why) for one that cannot be used. Raises DataError where nothing is there.
+    """(name, picture, text, recording or row, "") for each input, and (name, None, why) for one that cannot be used. Raises DataError where nothing is there.
 
     For a model that reads texts, an input that is a file (or is called like a table) is read as one, any other is a text itself.
     """
     if isinstance(feed, Tokenise):
         return _texts(inputs, feed, columns or {})
+    if isinstance(feed, Tabulate):
+        return _table(inputs, feed)
     if isinstance(feed, Listen):
         return _decoded(inputs, "recordings", lambda file: audio.decode(file, seconds=feed.seconds))
     return _decoded(inputs, "pictures", decode)
@@ -62,6 +65,18 @@ def _rows(entry: str | File, name: str, columns: Mapping[str, str]) -> Iterator[
     found = read_texts(entry, text=columns.get("text", "text"), pair=columns.get("pair"), label=NO_COLUMN)
     yield from ((where, text, "") for where, text in zip(found.where, found.texts, strict=True))
     yield from ((where, None, why) for where, why in found.skipped)
+
+
+def _table(inputs: Sequence[str | File], tabulate: Tabulate) -> Iterator[tuple[str, Any, str]]:
+    """Rows of tables, each by file and line."""
+    for found in (read_rows(entry, label=NO_COLUMN) for entry in inputs):
+        for where, cells in zip(found.where, found.cells, strict=True):
+            try:
+                tabulate([cells], where=[where])
+                yield where, cells, ""
+            except DataError as error:
+                yield where, None, error.found.removeprefix(f"{where}: ")
+        yield from ((where, None, why) for where, why in found.skipped)
 
 
 def _is_there(entry: str) -> bool:

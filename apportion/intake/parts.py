@@ -17,16 +17,22 @@ from apportion.intake.listen import Listen
 from apportion.intake.masks import read_masked
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.read import Source
+from apportion.intake.rows import RowSet, Tabulate, read_rows
 from apportion.intake.texts import TextSet, Tokenise, read_texts
 from apportion.vocab import Task
 
 CONTROL_ROWS = 4000  # samples that control learns from and is placed on, where all are free for it
-Feed = Preprocess | Tokenise | Listen
-KINDS: dict[type, tuple[type, str]] = {Preprocess: (ImageSet, "images"), Tokenise: (TextSet, "texts"), Listen: (AudioSet, "recordings")}
+Feed = Preprocess | Tokenise | Listen | Tabulate
+KINDS: dict[type, tuple[type, str]] = {
+    Preprocess: (ImageSet, "images"),
+    Tokenise: (TextSet, "texts"),
+    Listen: (AudioSet, "recordings"),
+    Tabulate: (RowSet, "rows"),
+}
 
 
 class Samples(Protocol):
-    """What the way from a model to a bundle asks of data: an ImageSet, a TextSet or an AudioSet. `feed` is what makes inputs of its samples."""
+    """What the way from a model to a bundle asks of data: an ImageSet, a TextSet, an AudioSet or a RowSet. `feed` is what makes inputs of its samples."""
 
     @property
     def labels(self) -> Tensor | None: ...
@@ -51,9 +57,14 @@ def reader(feed: Feed | type[Feed], classes: Sequence[str] | None, columns: Mapp
 
     `columns`: what "text", "pair" and "label" are called in tables.
     """
-    kind = feed if isinstance(feed, type) else type(feed)
+    kind, named = feed if isinstance(feed, type) else type(feed), dict(columns or {})
+    if kind is Tabulate:
+        if named.keys() - {"label"} or task not in ("classification", "multilabel", "regression"):
+            found, wanted = f"{task} of rows, with columns for {', '.join(named) or 'nothing'}", "a class, several, or numbers; label, or nothing"
+            raise PlanError(found, wanted=wanted, do="Correct them.")
+        return partial(read_rows, classes=classes, label=named.get("label", "label"), task=task)
     if kind is not Tokenise:
-        if columns:
+        if named:
             raise PlanError(f"columns for a model of {KINDS[kind][1]}", wanted="none", do="Leave them out.")
         if task == "segmentation" and isinstance(feed, Preprocess):
             return partial(read_masked, feed=feed)
@@ -61,7 +72,6 @@ def reader(feed: Feed | type[Feed], classes: Sequence[str] | None, columns: Mapp
             wanted = "one class for each, or an embedding"
             raise PlanError(f"{task} of {KINDS[kind][1]}", wanted=wanted, do="Folders hold one label for a file: others are read of texts.")
         return read_images if kind is Preprocess else read_audio_set
-    named = dict(columns or {})
     if unknown := named.keys() - {"text", "pair", "label"}:
         raise PlanError(f"a column for {min(unknown)!r}", wanted="text, pair or label", do="Correct it.")
     return partial(read_texts, classes=classes, text=named.get("text", "text"), pair=named.get("pair"), label=named.get("label", "label"), task=task)

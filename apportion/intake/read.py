@@ -21,6 +21,7 @@ from apportion.intake import _torchvision
 from apportion.intake.hf_families import Pooling
 from apportion.intake.listen import Listen
 from apportion.intake.preprocess import Preprocess
+from apportion.intake.rows import Tabulate
 from apportion.intake.texts import Tokenise
 from apportion.intake.verify import Verified, verify
 from apportion.network import Network
@@ -34,7 +35,7 @@ class Source:
     """What came in: the network, how to feed it, and where it is from."""
 
     network: Network
-    feed: Preprocess | Tokenise | Listen | None  # None for a text model that brought no tokenizer
+    feed: Preprocess | Tokenise | Listen | Tabulate | None  # None for a text model that brought no tokenizer
     classes: tuple[str, ...] | None
     verified: Verified | None  # None for a network of our own: there is nothing to compare with
     provenance: dict[str, str | int | bool | None]
@@ -47,7 +48,7 @@ class Source:
         return self.feed
 
     @property
-    def fed(self) -> Preprocess | Tokenise | Listen:
+    def fed(self) -> Preprocess | Tokenise | Listen | Tabulate:
         """How samples are made into inputs. Raises PlanError where the model brought nothing that says so."""
         return self.tokenise if self.feed is None else self.feed
 
@@ -67,7 +68,7 @@ def read_model(
     num_classes: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
-    preprocess: Preprocess | Tokenise | Listen | None = None,
+    preprocess: Preprocess | Tokenise | Listen | Tabulate | None = None,
     example: Tensor | None = None,
     length: int | None = None,
     pooling: Pooling | None = None,
@@ -107,7 +108,7 @@ def _read(
     num_classes: int | None,
     image_size: int | None,
     seed: int,
-    preprocess: Preprocess | Tokenise | Listen | None,
+    preprocess: Preprocess | Tokenise | Listen | Tabulate | None,
     example: Tensor | None,
     length: int | None,
     pooling: Pooling | None,
@@ -169,7 +170,12 @@ def _of_transformers(model: str | File | nn.Module) -> bool:
 
 
 def _transformers(
-    model: str | File | nn.Module, feed: Preprocess | Tokenise | Listen | None, example: Tensor | None, length: int | None, pooling: Pooling | None, unit: bool
+    model: str | File | nn.Module,
+    feed: Preprocess | Tokenise | Listen | Tabulate | None,
+    example: Tensor | None,
+    length: int | None,
+    pooling: Pooling | None,
+    unit: bool,
 ) -> Source:
     _torchvision.ready()
     try:

@@ -62,8 +62,6 @@ def _agree(answers: Tensor, task: Task, span: float) -> Tensor:
         return F.cosine_similarity(answers, answers[:, -1:], dim=-1) >= 1 - CLOSE
     words = said(answers, task)
     same = words == words[:, -1:]
-    if task in ("token_classification", "segmentation"):
-        same |= words[:, -1:] == UNKNOWN  # where there is no token, a path that merged may answer for another's
     return same if task == "classification" else same.flatten(2).all(-1)
 
 

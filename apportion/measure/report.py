@@ -73,6 +73,15 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes of one kind, and how they were come by."""
+
+    name: str
+    bytes: int
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """All that the page shows. Raises DataError, naming the entry, on a number that is not finite or parts that do not fit together.
 
@@ -86,6 +95,7 @@ class Report:
     points: tuple[Point, ...]
     shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     decision: Decision | None = None
+    memory: tuple[Held, ...] = ()
     pictures: tuple[Picture, ...] = ()
     passages: tuple[Passage, ...] = ()
     notes: tuple[str, ...] = ()

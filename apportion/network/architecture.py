@@ -12,7 +12,8 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "tanh", 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Shape and flavour of a dense encoder for images; for texts where `words` is not 0, for sound where `samples` or `frames` is (then `image_size` is 0).
+    """Shape and flavour of a dense encoder for images; for texts where `words` is not 0, for sound where `samples` or `frames` is, for rows of a table
+    where `numbers` or `categories` are (then `image_size` is 0).
 
     Sound is a waveform of `samples` numbers, or a spectrogram of `frames` by `bands`: cut into patches, or with `patch` 0 convolved along time.
 
@@ -98,9 +99,13 @@ class Architecture:
     tape_key: int = 0  # channels by which a row is sought; 0: dim
     task: Task = "classification"  # what the `classes` outputs mean
     span: float = 0.0  # how far numbers range that are foretold: an error of this much is worth nothing
+    numbers: int = 0  # columns of a table that hold numbers
+    categories: tuple[int, ...] = ()  # entries of each of the others: its values, one for what is missing and one for what is unknown
 
     @property
     def tokens(self) -> int:
+        if self.columns:
+            return self.columns + self.prefix
         if self.words:
             return self.length
         if self.samples:
@@ -114,13 +119,20 @@ class Architecture:
         return (self.frames + 1) // 2 if self.frames else self.grid**2 + self.prefix + self.tape
 
     @property
+    def columns(self) -> int:
+        """Of a table; 0 for other inputs."""
+        return self.numbers + len(self.categories)
+
+    @property
     def grid(self) -> int:
-        """Patches on a side of an image; 0 for texts and sound."""
+        """Patches on a side of an image; 0 for other inputs."""
         return self.image_size // self.patch if self.image_size else 0
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Of one sample: what a batch of inputs has behind its first axis. A text may be shorter."""
+        if self.columns:
+            return (self.columns,)
         if self.words or self.samples:
             return (self.length if self.words else self.samples,)
         if self.frames:

@@ -68,6 +68,7 @@ class LatentSpace(Space):
         """Raises PathError, naming the first entry that cannot be served."""
         depth = len(path.blocks)
         rules = [
+            (path.entering is None, f"{path.entering} tokens from the tokeniser", "None: latents read all patches"),
             (path.patch == self.patch, f"patch {path.patch}", f"patch {self.patch}"),
             (1 <= depth <= self.depth and path.blocks == tuple(range(depth)), f"blocks {path.blocks}", f"the first 1 to {self.depth} blocks in order"),
             (len(set(path.tokens)) == 1 and path.tokens[0] in self.counts, f"tokens {path.tokens}", f"one of {self.counts} in every step"),

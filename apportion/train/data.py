@@ -51,7 +51,10 @@ class Images:
 
 @final
 class Sounds:
-    """Features of recordings held in memory, float (n, ...), given out as they are. Raises DataError for other dtypes, and for labels not one for each."""
+    """Features of recordings, or rows of tables, held in memory, float (n, ...), given out as they are.
+
+    Raises DataError for other dtypes, and for labels not one for each.
+    """
 
     sizes = None
 

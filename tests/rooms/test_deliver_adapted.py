@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from apportion.control.drift import Alarm
 from apportion.deliver import Adapted
 from apportion.deliver.adapted import load
 from apportion.errors import BundleError, DataError, EngineError, NoEffect, PlanError
@@ -157,6 +158,20 @@ def test_the_frontier_has_every_path_and_every_budget(model: Adapted) -> None:
     assert [place.latency_ms for place in here[:3]] == [1.0, 2.0, 4.0]
     share = bundle.frontier[1]["share"]
     assert here[4].latency_ms == pytest.approx(share[0] + 2 * share[1] + 4 * share[2])
+
+
+def test_an_alarm_hears_of_every_path_and_changes_no_answer(model: Adapted, pixels: np.ndarray) -> None:
+    mixed = np.tile(pixels, (6, 1, 1, 1))[np.random.default_rng(0).permutation(66)]
+    alarm = Alarm.start(model(mixed, "0.9x").path, rungs=3, run_length=100)
+    usual, other = model.watch(alarm, "0.9x"), model.watch(alarm, "0.9x")
+    for part in np.split(mixed, 6):
+        equal(usual(part), model(part, "0.9x"))
+        other(pixels[-1:].repeat(11, 0))  # nothing but loud noise
+    assert not usual.drifted and usual.alarm.count == other.alarm.count == 66
+    assert other.drifted and other.alarm.raised_at is not None and alarm.count == 0
+    assert torch.equal(usual.alarm.seen, alarm.after(model(mixed, "0.9x").path).seen)
+    with pytest.raises(PlanError, match="an alarm on 4 rungs"):
+        model.watch(Alarm.start(model(mixed).path, rungs=4))
 
 
 @pytest.fixture

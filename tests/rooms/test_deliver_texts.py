@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path as File
 
 import pytest
@@ -16,9 +18,10 @@ from apportion.deliver.adapted import load
 from apportion.deliver.bundle import Rung
 from apportion.deliver.bundle import load as read_bundle
 from apportion.deliver.bundle import save as write_bundle
-from apportion.deliver.costs import Ledger, macs, mean_macs, profile
+from apportion.deliver.costs import Ledger, chosen_lengths, macs, mean_macs, padded, places, profile
 from apportion.deliver.page import marked
 from apportion.deliver.weighing import judged
+from apportion.engine import plain
 from apportion.errors import BundleError, DataError, EngineError, PlanError
 from apportion.intake import Preprocess, TextSet, Tokenise
 from apportion.measure.macs import executed_macs
@@ -140,6 +143,44 @@ def test_a_profile_is_where_the_texts_are(bundle: Bundle) -> None:
     assert mean_macs(bundle.network, full, {32: share, 48: 1 - share}) == pytest.approx(wanted)
 
 
+def of(counts: list[int]) -> TextSet:
+    """A text of so many words for each."""
+    return TextSet(tuple(" ".join(itertools.islice(itertools.cycle(WORDS), n)) for n in counts), None, ())
+
+
+def test_lengths_come_from_the_texts_where_they_save_enough(bundle: Bundle) -> None:
+    feed, some = tokenise(), [3, 9, 33, 34, 34, 35, 35, 48]
+    found, saved = chosen_lengths(bundle.network, of(some * 9), of(some), feed)
+    best = min(((length, LENGTH) for length in range(32, LENGTH)), key=lambda every: padded(torch.tensor(some), every))
+    assert found == best == (35, 48)
+    assert saved == pytest.approx(1 - (7 * 35 + 48) / (2 * 32 + 6 * 48))
+    assert chosen_lengths(bundle.network, of(some), of([32, 31, 48, 47]), feed)[0] == ()  # judged on texts that were not chosen for
+    assert chosen_lengths(bundle.network, of([3, 9, 12] * 9), of([3, 9, 12]), feed) == ((), 0.0)  # below the shortest a call costs more than padding
+    assert chosen_lengths(bundle.network, of([32, 47, 48] * 9), of([32, 47, 48]), feed)[0] == ()
+
+
+def test_costs_follow_the_lengths_that_were_chosen(bundle: Bundle) -> None:
+    every, place = places(bundle.network, texts(), tokenise(), (20, 48))
+    counts = torch.tensor([len(text.split()) for text in texts().texts])
+    assert every == (20, 48) and torch.equal(place, (counts > 20).long()) and padded(counts, every) == torch.tensor(every)[place].sum()
+    assert profile(bundle.network, texts(), tokenise(), (20, 48)) == pytest.approx(
+        {20: (counts <= 20).double().mean().item(), 48: (counts > 20).double().mean().item()}
+    )
+    ledger = Ledger.of(replace(bundle, lengths=(20, 48)))
+    assert ledger.lengths == (20, 48) and ledger.dense[0] == macs(bundle.network, bundle.network.space.full, 20) / 1e9
+    assert torch.equal(ledger.rungs[1], Ledger.of(bundle).rungs[1])
+
+
+def test_answers_are_the_same_whatever_the_lengths(model: Adapted, bundle: Bundle) -> None:
+    chosen, some = replace(bundle, lengths=(20, 29, 48)), list(texts().texts[:40])
+    other = Adapted(chosen, backend="eager", buckets=(4,), engine=Adapted(chosen, buckets=(4,)).built("eager", make=plain))
+    assert other.warm() == 3 * 4
+    first, second = model(some), other(some)
+    assert torch.equal(first.path, second.path) and len(first.path.unique()) > 1
+    torch.testing.assert_close(first.logits, second.logits, atol=1e-5, rtol=1e-4)
+    assert second.cost.sum() < first.cost.sum()
+
+
 def test_what_is_saved_is_counted_text_by_text(bundle: Bundle) -> None:
     """Long texts on the full path and short ones on the cheapest: the mean of the rungs alone would flatter."""
     long = torch.tensor([False, True, True, False])
@@ -192,6 +233,14 @@ def test_comes_back_the_same(bundle: Bundle, folder: File, tmp_path: File) -> No
     assert not (folder / "tokenizer.json").exists() and isinstance(read_bundle(folder).preprocess, Preprocess)
 
 
+def test_lengths_come_back_and_bundles_without_them_have_doubled_ones(bundle: Bundle, folder: File, tmp_path: File) -> None:
+    write_bundle(replace(bundle, lengths=(20, 48)), tmp_path / "chosen")
+    assert read_bundle(tmp_path / "chosen").lengths == (20, 48)
+    assert load(tmp_path / "chosen", backend="eager").ledger.lengths == (20, 48)
+    rewrite(folder, "plan.toml", toml(lambda d: d["tokenise"].pop("lengths")))  # as written before there was a choice
+    assert read_bundle(folder).lengths == () and load(folder, backend="eager").ledger.lengths == (32, 48)
+
+
 def test_a_tokenizer_that_is_missing_or_altered_is_named(folder: File) -> None:
     file = folder / "tokenizer.json"
     content = file.read_text()
@@ -209,6 +258,11 @@ def test_a_tokenizer_that_is_missing_or_altered_is_named(folder: File) -> None:
         (lambda d: d["tokenise"].update(length=47), "tokenise"),
         (lambda d: d["tokenise"].update(padding=0), "tokenise"),
         (lambda d: d["tokenise"].pop("pairs"), "pairs"),
+        (lambda d: d["tokenise"].update(lengths=[20, 47]), "tokenise.lengths"),
+        (lambda d: d["tokenise"].update(lengths=[30, 20, 48]), "tokenise.lengths"),
+        (lambda d: d["tokenise"].update(lengths=[20, 20, 48]), "tokenise.lengths"),
+        (lambda d: d["tokenise"].update(lengths=[0, 48]), "tokenise.lengths"),
+        (lambda d: d["tokenise"].update(lengths=[20.5, 48]), "tokenise.lengths"),
         (lambda d: d.pop("tokenise"), "tokenise"),
         (lambda d: d.update(preprocess={"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}), "tokenise"),
     ],

@@ -14,8 +14,11 @@ from torch.utils import _pytree as pytree
 from apportion.engine import COARSE, Engine, build, serving
 from apportion.engine.compile import RUNTIMES
 from apportion.engine.exported import Flat, capture, digest
+from apportion.engine.table import Table
 from apportion.errors import EngineError, NoEffect
-from tests.conftest import PLAN, images, tiny
+from apportion.network import Architecture, Network, put
+from apportion.vocab import Choice
+from tests.conftest import PLAN, images, shake, tiny
 from tests.rooms.test_engine_engine import Decide, Rung, samples
 
 pytest.importorskip("openvino")
@@ -266,3 +269,27 @@ def test_an_engine_takes_a_back_end_by_name(backend):
     found, wanted = ours(samples(9), budget=0.2, cap=1), eager(samples(9), budget=0.2, cap=1)
     assert len(set(wanted.path.tolist())) == 2
     equal(found, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [name for name in EXACT if name != "inductor"])
+def test_padded_texts_merge_as_eager_merges_them(backend):
+    """A head for each token shows where every word went: run times once differed in how they divide negative numbers, and kept another count of each text."""
+    torch.manual_seed(0)
+    a = Architecture(0, 0, 16, 2, 2, 32, 4, words=2000, length=32, padding=1, positions=32, pool="every_token", task="token_classification", norm_first=False)
+    network = Network(a).eval().requires_grad_(False)
+    shake(network)
+    put(network, Choice("reducer", "tome"))
+    path = network.space.path(tokens=(32, 17))
+    ids = torch.randint(2, 2000, (4, 32))
+    for row, length in enumerate((32, 10, 25, 3)):
+        ids[row, length:] = 1
+    with serving():
+        graph = build(network.at(path), (torch.full((4, 32), 5),), backend=backend, name="a text")
+        assert_close(graph(ids), network(ids, path), rtol=1e-3, atol=1e-3)
+
+
+def test_graphs_of_texts_are_built_on_texts_with_padding():
+    table = Table({}, buckets=(1, 4), backend="eager", input_shape=(2, 9), dtype=torch.int64, fill=5, padding=1, make=build)
+    blank = table.blank()
+    assert blank.shape == (4, 2, 9) and blank[:, 0].tolist() == [[5] * 6 + [1] * 3] * 4 and bool((blank[:, 1] == 5).all())

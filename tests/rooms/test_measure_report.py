@@ -16,7 +16,7 @@ from matplotlib.image import imread
 
 from apportion.errors import DataError
 from apportion.measure.pictures import Point, merge_map, png, tradeoff
-from apportion.measure.report import PathRow, Picture, Report, Summary, headlines, ramp, render, report_dict, write_report
+from apportion.measure.report import Held, PathRow, Picture, Report, Summary, headlines, ramp, render, report_dict, write_report
 
 EVIL = '<script>alert("x")</script>$\\frac{'
 
@@ -32,6 +32,7 @@ def make() -> Report:
         paths=(PathRow("short", 1.3127, {1: 17.06, 32: 11.11}, 70.21, 0.625, 0.9413), PathRow(EVIL, 4.6111, {1: 45.128, 32: 32.642}, 81.4237, 0.375)),
         points=(Point("dense", 81.42, 4.61, 32.6, "dense"), Point("ours", 81.2, 2.41, 19.4, EVIL, (80.86, 81.54)), Point("oracle", 84.0, 2.0)),
         shares={EVIL: (0.625, 0.375), "0.9x": (0.0, 1.0)},
+        memory=(Held("weights", 23_456_789, EVIL), Held("activations", 34_567_891, "followed")),
         pictures=(Picture(grey, EVIL, "easiest"), Picture(grey.repeat(3, 2), "hard", "hardest")),
         notes=(EVIL,),
         conditions={"device": "a CPU", "samples": 5000},
@@ -91,6 +92,7 @@ def test_every_figure_equals_the_data(page):
     wanted: list[float] = []
     for row in report.summary:
         wanted += [row.accuracy, *row.accuracy_interval, row.gmacs, *row.latency_ms.values(), row.peak_bytes]
+    wanted += [held.bytes for held in report.memory]
     for row in report.paths:
         wanted += [row.accuracy, row.gmacs, *row.latency_ms.values(), row.share, *([] if row.realisation is None else [row.realisation])]
     assert [value for value, _ in shown] == wanted

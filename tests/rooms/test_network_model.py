@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from apportion.errors import PathError
+from apportion.errors import PathError, PlanError
 from apportion.measure.macs import executed_macs
 from apportion.network import Architecture, Network
 from apportion.vocab import Ladder, Step
@@ -118,3 +118,12 @@ def test_one_path_compiles_whole(flavour):
     full = network.segment(1, DEPTH, network.space.full)
     assert_close(torch.compile(full, fullgraph=True, backend="eager")(state), full(state), rtol=1e-4, atol=1e-5)
     assert_same_state(before, state_of(network))
+
+
+@pytest.mark.parametrize("more", [{"tape": 6, "tape_rows": 40}, {"tape_key": 8}, {"grey_level": 0.1}])
+@pytest.mark.parametrize("kind", [{"words": 9, "length": 8, "positions": 8}, {"frames": 8, "bands": 4}])
+def test_what_only_images_have_is_refused_for_texts_and_sound(kind: dict, more: dict):
+    shape = {"image_size": 0, "patch": 0, "dim": DIM, "depth": 1, "heads": HEADS, "hidden": HIDDEN, "classes": 2, "class_token": False, "pool": "mean"}
+    Network(Architecture(**shape, **kind))
+    with pytest.raises(PlanError, match=next(iter(more))):
+        Network(Architecture(**shape, **kind, **more))

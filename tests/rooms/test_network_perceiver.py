@@ -219,6 +219,7 @@ def test_what_cannot_be_served_is_refused():
         "blocks": lambda: space.path(blocks=(0, 2)),
         "first 1": lambda: space.path(blocks=()),
         "heads": lambda: network(images(1), Path(4, (0,), (7,), (2,), (64,))),
+        "from the tokeniser": lambda: network(images(1), Path(4, (0,), (7,), (4,), (64,), entering=5)),
         "patch": lambda: network(images(1), Path(8, (0,), (7,), (4,), (64,))),
     }
     for match, call in refused.items():

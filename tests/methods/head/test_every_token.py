@@ -46,4 +46,8 @@ def test_words_keep_their_places_and_padding_says_nothing():
     assert_close(company[:, :7], alone)
     left = torch.cat((padded[:, 7:], text), 1)  # padding in front is put last, and every word still has its own answer
     assert_close(network(left, full)[:, 5:], alone)
-    assert_close(network(padded, half)[:, :7], network(text, half))
+    merged = network(padded, half)
+    assert_close(merged[:, :7], network(text, half))
+    for words in range(2, 12):  # also where all places that are left hold words
+        some = torch.cat((torch.randint(2, 20, (1, words)), torch.ones(1, 12 - words, dtype=torch.int64)), 1)
+        assert bool((network(some, half)[:, words:] == 0).all())

@@ -1,0 +1,133 @@
+"""What data alone say of a network that is to be trained on them: their kind, how they are fed, and a shape of moderate size."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path as File
+
+from apportion.errors import DataError, PlanError
+from apportion.intake import audio, labels, parquet
+from apportion.intake.listen import Listen
+from apportion.intake.parts import KINDS, Feed, Samples
+from apportion.intake.preprocess import Preprocess
+from apportion.intake.rows import RowSet, Tabulate
+from apportion.intake.texts import SUFFIXES, TextSet, Tokenise
+from apportion.intake.vocabulary import entries, learned
+from apportion.network import Architecture
+from apportion.vocab import Task
+
+SHAPES: dict[type, Architecture] = {
+    Preprocess: Architecture(image_size=32, patch=4, dim=96, depth=6, heads=3, hidden=384, classes=1, stem="conv"),
+    Tokenise: Architecture(0, 0, dim=128, depth=6, heads=4, hidden=512, classes=1, words=1, length=128, positions=128, class_token=False, pool="mean"),
+    Listen: Architecture(0, 0, dim=96, depth=6, heads=3, hidden=384, classes=1, frames=100, bands=40, class_token=False, pool="mean"),
+    Tabulate: Architecture(0, 0, dim=64, depth=4, heads=4, hidden=128, classes=1, numbers=1),
+}
+HZ = 16000  # of sound of which nothing is said
+
+
+def kind_of(data: str | File, columns: Mapping[str, str] | None = None) -> type[Feed]:
+    """How data are to be fed.
+
+    Tables, and folders without folders in them that hold some, are texts if they have a column "text" (or what `columns` calls so), and else rows of numbers
+    and categories. Other folders are recordings or images by the endings of their files; `digits` and .npz files are images. Raises DataError where nothing
+    is there, where `columns` names a column of texts that is not, and for rows in .parquet files.
+    """
+    source, named = File(data), dict(columns or {})
+    if str(data) == "digits" or source.suffix == ".npz":
+        return Preprocess
+    if not source.exists():
+        raise DataError(f"no file or folder {source}", wanted="a table, an .npz file, a folder, or `digits`", do="Correct the path.")
+    inside = [source] if source.is_file() else sorted(source.iterdir())
+    tables = [file for file in inside if file.is_file() and file.name.removesuffix(".gz").endswith(SUFFIXES)]
+    if not tables or any(child.is_dir() for child in inside):
+        return _of_files(source)
+    if _has(tables[0], named.get("text", "text")):
+        return Tokenise
+    if "text" in named or tables[0].name.endswith(".parquet"):
+        do = "Say what the texts' column is called, --columns text=NAME; rows of numbers and categories are read from .csv, .tsv and .jsonl."
+        raise DataError(f"{tables[0]} without a column {named.get('text', 'text')!r}", wanted="a column of texts", do=do)
+    return Tabulate
+
+
+def kind_called(name: str) -> type[Feed]:
+    """The feed of "images", "texts" and so on. Raises PlanError."""
+    for kind, (_, called) in KINDS.items():
+        if called == name:
+            return kind
+    raise PlanError(f"kind {name!r}", wanted=f"one of {', '.join(called for _, called in KINDS.values())}", do="Name one of these.")
+
+
+def blank(kind: type[Feed], shape: Architecture | None, length: int | None) -> Feed | type[Feed]:
+    """The feed of this kind for a network of this shape; the kind itself, where only samples can tell."""
+    a = shape or SHAPES[kind]
+    if length is not None and kind not in (Tokenise, Listen):
+        raise PlanError(f"a length of {length} for {KINDS[kind][1]}", wanted="none", do="Leave it out.")
+    if kind is Preprocess:
+        return Preprocess(a.image_size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    if kind is Listen:
+        if not a.frames or a.patch:
+            raise PlanError("sound of which nothing is said", wanted="a feed, for this architecture", do="Pass feed=Listen(...).")
+        return Listen("whisper", HZ, length or a.frames, bands=a.bands, window=HZ // 40, hop=HZ // 100)
+    return kind
+
+
+def fitted(
+    feed: Feed | type[Feed], samples: Samples, shape: Architecture | None, *, task: Task, length: int | None, vocabulary: int
+) -> tuple[Feed, Architecture]:
+    """The feed, learned from these samples where it is a kind, and the shape with all that the data say: outputs, and entries and length of texts.
+
+    `samples`: those that teach, and no others. Raises DataError where they have no labels.
+    """
+    kind = feed if isinstance(feed, type) else type(feed)
+    a, what = shape or SHAPES[kind], KINDS[kind][1]
+    if samples.labels is None or task == "embedding":
+        do = "Put the files of each class into a folder of their own; of a table name the column, --columns label=NAME, and text=NAME if it holds texts."
+        raise DataError(f"{what} without labels, or a task without", wanted="a class for each, or what else is to be learned", do=do)
+    a = replace(
+        a,
+        classes=samples.labels.shape[1] if task == "regression" else len(samples.classes),
+        task=task,
+        span=labels.span([samples.labels]) if task == "regression" else 0.0,
+        pool="every_token" if task in ("token_classification", "segmentation") else a.pool,
+    )
+    if isinstance(feed, type):
+        assert isinstance(samples, TextSet | RowSet)  # other kinds need no samples
+        feed = learned(samples.texts, length=length or a.length, size=vocabulary) if isinstance(samples, TextSet) else Tabulate.learned(samples.cells)
+    if isinstance(feed, Tokenise):
+        kinds = max(a.token_types, 2) if feed.pairs else a.token_types
+        n = feed.length
+        return feed, replace(a, words=entries(feed), padding=feed.padding, length=n, positions=n if a.positions else 0, token_types=kinds)
+    if isinstance(feed, Tabulate):
+        return feed, replace(a, numbers=len(feed.numbers), categories=feed.entries)
+    return feed, replace(a, frames=feed.length) if isinstance(feed, Listen) and a.frames else a
+
+
+def _has(table: File, column: str) -> bool:
+    """Whether a table has this column; of .jsonl the first row tells. Raises DataError where it cannot be read."""
+    plain = table.name.removesuffix(".gz")
+    if plain.endswith(".parquet"):
+        try:
+            next(parquet.entries(table, [column], column), None)
+        except DataError as error:
+            if f"a column {column!r}" == error.wanted:
+                return False
+            raise
+        return True
+    try:
+        with (gzip.open if table.name.endswith(".gz") else open)(table, "rt", encoding="utf-8-sig", newline="") as lines:
+            if plain.endswith(".jsonl"):
+                return column in json.loads(next((line for line in lines if line.strip()), "{}"))
+            return column in next(csv.reader(lines, delimiter="\t" if plain.endswith(".tsv") else ","), [])
+    except (OSError, EOFError, ValueError, csv.Error) as error:
+        raise DataError(f"{table}: {error}", wanted="a table in UTF-8", do="Convert it.") from error
+
+
+def _of_files(source: File) -> type[Feed]:
+    """Sound where half of the files are called so; else pictures, whose reader names what is none."""
+    found = [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    heard = sum(file.suffix.lower() in audio.FORMATS for file in found)
+    return Listen if heard and 2 * heard >= len(found) else Preprocess

@@ -1,0 +1,254 @@
+"""Tables with numbers and categories in their columns, from .csv, .tsv or .jsonl files (also .gz); what cannot be used is named, never dropped in silence."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as File
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apportion.errors import DataError, PlanError
+from apportion.intake.folders import OnSkip, Split, cut, one_class, spread
+from apportion.intake.labels import numbered, parsed
+from apportion.intake.texts import SPLITS, SUFFIXES
+from apportion.vocab import Task
+
+NOTHING = frozenset({"", "na", "n/a", "nan", "null", "none"})  # in lower case: a cell that says that it is empty
+MISSING, UNKNOWN, KNOWN = 0, 1, 2  # entries of a category: nothing there, a value not learned, the first that was
+SEEN = 2  # rows that a value must be in to be learned: so what is unknown is taught, too
+DISTINCT = 20  # values that a column of words may always have; with more, most of them must occur again
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tabulate:
+    """Rows, each a mapping from column to cell, in; float32 (b, columns) out: `numbers` less `mean`, over `std`, NaN where one is missing; then the entries of
+    `categories`: 0 nothing there, 1 a value that is not among its `values`, then those in order. Other columns are left alone.
+
+    Raises PlanError for fields that do not fit each other, DataError, naming row and column, for a column that is missing and a number that is none.
+    """
+
+    numbers: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    categories: tuple[str, ...]
+    values: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        columns = (*self.numbers, *self.categories)
+        fits = len(self.numbers) == len(self.mean) == len(self.std) and len(self.categories) == len(self.values)
+        fits = fits and 0 < len(columns) == len(set(columns)) and all(map(math.isfinite, self.mean)) and all(0 < std < math.inf for std in self.std)
+        if not fits:
+            wanted = "a finite mean and a std above 0 for each number, values for each category, every column once"
+            raise PlanError(f"columns {', '.join(columns) or 'of which there are none'}", wanted=wanted, do="Correct them.")
+
+    @classmethod
+    def learned(cls, rows: Sequence[Row]) -> Tabulate:
+        """From rows that teach. A column is of numbers where each of its cells is one, or nothing: write a category's numbers as words if they are none.
+
+        Raises DataError for columns that differ from row to row, for one with nothing in it, and for one of words that hardly ever occur again.
+        """
+        names = tuple(rows[0]) if rows else ()
+        if not names or any(row.keys() != rows[0].keys() for row in rows):
+            raise DataError(f"{len(rows)} rows with {len(names)} columns, or with different ones", wanted="the same columns in each", do="Correct the data.")
+        found = {name: [cell for row in rows if (cell := _cell(row[name])) is not None] for name in names}
+        if empty := [name for name, cells in found.items() if not cells]:
+            raise DataError(f"column {empty[0]!r} with nothing in it", wanted="something to learn from", do="Remove it.")
+        numbers = {name: torch.tensor([_number(cell) for cell in cells], dtype=torch.float64) for name, cells in found.items() if _numeric(cells)}
+        counts = {name: Counter(map(str, cells)) for name, cells in found.items() if name not in numbers}
+        for name, count in counts.items():
+            if len(count) > max(DISTINCT, count.total() / 2):
+                do = f"If it holds texts, say so: --columns text={name}, or columns={{'text': {name!r}}}; if it names rows, remove it."
+                raise DataError(f"column {name!r} with {len(count)} values in {count.total()} rows", wanted="numbers, or words that occur again", do=do)
+        return cls(
+            tuple(numbers),
+            tuple(float(cells.mean()) for cells in numbers.values()),
+            tuple(float(cells.std(correction=0)) or 1.0 for cells in numbers.values()),
+            tuple(counts),
+            tuple(tuple(sorted(value for value, times in count.items() if times >= SEEN)) for count in counts.values()),
+        )
+
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """Of each category, with those for nothing and for what is unknown."""
+        return tuple(KNOWN + len(values) for values in self.values)
+
+    def __call__(self, rows: Sequence[Row], *, where: Sequence[str] = ()) -> Tensor:
+        """`where`: what to call each row in an error, such as its file and line."""
+        if isinstance(rows, str | Mapping) or not len(rows):
+            raise DataError("no list of rows", wanted="at least one, in a list", do="Put it into a list.")
+        place = [{value: number for number, value in enumerate(values, KNOWN)} for values in self.values]
+
+        def cells(index: int, row: Row) -> Iterator[float]:
+            name = where[index] if where else f"row {index}"
+            if not isinstance(row, Mapping) or any(column not in row for column in (*self.numbers, *self.categories)):
+                missing = [column for column in (*self.numbers, *self.categories) if not isinstance(row, Mapping) or column not in row]
+                raise DataError(f"{name}: no {missing[0]!r}", wanted=f"a mapping with {', '.join((*self.numbers, *self.categories))}", do="Add the column.")
+            for column, mean, std in zip(self.numbers, self.mean, self.std, strict=True):
+                number = math.nan if (cell := _cell(row[column])) is None else _number(cell)
+                if number is None:
+                    raise DataError(f"{name}: {cell!r:.80} in column {column!r}", wanted="a finite number, or nothing", do="Correct or remove the row.")
+                yield (number - mean) / std
+            for column, known in zip(self.categories, place, strict=True):
+                cell = _cell(row[column])
+                yield MISSING if cell is None else known.get(str(cell), UNKNOWN)
+
+        return torch.tensor([list(cells(index, row)) for index, row in enumerate(rows)], dtype=torch.float32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowSet:
+    """Rows of a table and their labels."""
+
+    cells: tuple[Row, ...]
+    labels: Tensor | None  # int64 (n,); several, or numbers, (n, outputs) float
+    classes: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...] = ()  # file and row, why
+    where: tuple[str, ...] = ()  # file and row of each
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def rows(self, index: Tensor | Sequence[int]) -> RowSet:
+        """The same set with these rows only, in this order."""
+        rows = torch.as_tensor(index, dtype=torch.int64)
+        cells, where = (tuple(of[i] for i in rows.tolist()) if of else () for of in (self.cells, self.where))
+        return RowSet(cells, None if self.labels is None else self.labels[rows], self.classes, self.skipped, where)
+
+    def split(self, holdout: float, *, seed: int = 0) -> tuple[RowSet, RowSet]:
+        """(rest, held out): `holdout` of the rows, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
+        held = spread(one_class(self.labels), torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)), holdout)
+        if held.all() or not held.any():
+            found = f"{len(self)} rows, of which {holdout:g} shall be held out"
+            raise DataError(found, wanted="at least one row on either side", do="Give more data or another share.")
+        return self.rows((~held).nonzero().flatten()), self.rows(held.nonzero().flatten())
+
+    def check(self, outputs: int) -> None:
+        """Raises DataError, naming the first row whose label a network with so many outputs cannot give."""
+        if self.labels is None:
+            return
+        wide = self.labels.ndim == 2
+        bad = (self.labels[:, :0] if wide else ((self.labels < 0) | (self.labels >= outputs))[:, None]).any(1).nonzero().flatten().tolist()
+        if (wide and self.labels.shape[1] != outputs) or bad:
+            found = f"{self.labels.shape[1]} labels or numbers for a row" if wide else f"label {int(self.labels[bad[0]])} at {self.where[bad[0]]}"
+            raise DataError(found, wanted=f"what {outputs} outputs can say", do="Give labels as the model numbers them.")
+
+    def batches(self, batch: int, tabulate: Tabulate, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(inputs, labels) of `batch` rows and a shorter rest; in order, or shuffled by `seed`. Raises DataError for a row that cannot be read."""
+        order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        for rows in order.split(batch):
+            some = self.rows(rows)
+            yield tabulate(some.cells, where=some.where), some.labels
+
+    def sizes(self, tabulate: Tabulate) -> None:
+        """All have as many columns."""
+
+
+def read_rows(
+    source: str | File,
+    *,
+    split: Split = "all",
+    label: str = "label",
+    classes: Sequence[str] | None = None,
+    limit: int | None = None,
+    on_skip: OnSkip | None = None,
+    task: Task = "classification",
+) -> RowSet:
+    """Read a file, or a folder with train and test (or dev, val, validation) files. Labels by `task`, as `read_texts` has them; no labels without the column.
+
+    Where the data brings no split of its own, every fifth row of each class is `test`. Rows with too few or too many cells, and those without a label, are in
+    `skipped`, by file and line, and told to `on_skip`. Raises DataError: nothing there, more than half of the rows bad, labels of two kinds.
+    """
+    own = File(source).is_dir()
+    files = {kind: _named(File(source), kind) for kind in SPLITS} if own else {"all": [File(source)]}
+    chosen = [file for part in (files.values() if split == "all" or not own else [files[split]]) for file in part]
+    if not chosen:
+        wanted = f"train and test files ending in {', '.join(SUFFIXES)}"
+        raise DataError(f"{source} without files for split {split!r}", wanted=wanted, do="Correct the path or the names.")
+    table = {file: list(_rows(file, label, task)) for part in files.values() for file in part}
+    rows, known = [row for file in chosen for row in table[file]], [row for part in table.values() for row in part]
+    good, bad = [row for row in rows if not row[3]], tuple((row[0], row[3]) for row in rows if row[3])
+    if 2 * len(bad) > len(rows) or not good:
+        found = f"{source}: {len(bad)} of {len(rows)} rows that cannot be used{f', such as {bad[0][0]}: {bad[0][1]}' if bad else ''}"
+        raise DataError(found, wanted="at most half of them bad", do="Correct or remove them.")
+    names, numbers = numbered([row[2] for row in known if not row[3]], [row[2] for row in good], classes, task)
+    for where, why in bad if on_skip else ():
+        assert on_skip is not None
+        on_skip(where, why)
+    return cut(RowSet(tuple(row[1] for row in good), numbers, names, bad, tuple(row[0] for row in good)), "all" if own else split, limit, "row")
+
+
+def _named(folder: File, kind: str) -> list[File]:
+    """The first of a split's names that is there."""
+    inside = sorted(file for file in folder.iterdir() if file.name.removesuffix(".gz").endswith(SUFFIXES))
+    return next((found for name in SPLITS[kind] if (found := [file for file in inside if file.name.split(".")[0] == name])), [])
+
+
+def _rows(file: File, label: str, task: Task) -> Iterator[tuple[str, Row, Any, str]]:
+    """Where, cells, label and fault of each row."""
+    plain = file.name.removesuffix(".gz")
+    if not file.is_file() or not plain.endswith(SUFFIXES[:-1]):
+        wanted, do = f"a table that ends in {', '.join(SUFFIXES[:-1])}", "Correct the path; write a .parquet file as .csv."
+        raise DataError(f"no file of rows {file}", wanted=wanted, do=do)
+    try:
+        content = (gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()).decode("utf-8-sig")
+        entries = list(_objects(content) if plain.endswith(".jsonl") else _lines(content, "\t" if plain.endswith(".tsv") else ","))
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file}: {error}", wanted="a table in UTF-8", do="Convert it.") from error
+    columns = next((entry.keys() for _, entry in entries if entry is not None), {}.keys())
+    labelled = any(entry is not None and label in entry for _, entry in entries)
+    for number, entry in entries:
+        where = f"{file}, line {number}"
+        if entry is None or entry.keys() != columns:
+            yield where, {}, None, "other columns than in the first row"
+            continue
+        value, fault = parsed(entry[label], task) if labelled else (None, "")
+        yield where, {name: cell for name, cell in entry.items() if name != label}, value, fault
+
+
+def _lines(content: str, apart: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=apart)
+    head = next(reader, [])
+    if len(set(head)) != len(head) or "" in head:
+        raise csv.Error(f"columns {', '.join(map(repr, head))}: each wants a name of its own, in the first line")
+    for row in reader:
+        if row:
+            yield reader.line_num, dict(zip(head, row, strict=True)) if len(row) == len(head) else None
+
+
+def _objects(content: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    for line, row in enumerate(content.split("\n"), 1):
+        if row.strip():
+            try:
+                found = json.loads(row)
+            except ValueError:
+                found = None
+            yield line, found if isinstance(found, dict) else None
+
+
+def _cell(value: Any) -> Any:
+    """What a cell says; None where it is empty."""
+    if isinstance(value, str):
+        return None if (text := value.strip()).lower() in NOTHING else text
+    return None if value is None or (isinstance(value, float) and math.isnan(value)) else value
+
+
+def _number(cell: Any) -> float | None:
+    try:
+        found = float(cell)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _numeric(cells: Sequence[Any]) -> bool:
+    return all(_number(cell) is not None for cell in cells)
