@@ -29,6 +29,7 @@ from bench.text import memory
 
 CHOICES = (Choice("reducer", "tome"), Choice("depth", "skip"))
 PLAN = Plan(choices=CHOICES, glance=1, rungs=5, tolerance=1.0)
+NEAR = replace(PLAN, tolerance=6.0)  # a mean cosine of 0.94: one epoch of healing takes the full path itself to 0.977
 SHARED = {"batch": 32, "warmup": 0.1, "ema": 0.99, "weight_decay": 0.01}
 SENTENCES = Recipe(epochs=1.0, learning_rate=1e-4, crop_padding=0, seed=100, **SHARED)
 FEED = Preprocess(96, (0.41, 0.43, 0.43), (0.3, 0.31, 0.31), squash=True)
@@ -68,7 +69,7 @@ def embeddings(data: File, model: File, runs: File, repeats: int, tell: Any) -> 
     objective = sandwich(taught_paths(network.space), extra=1, teacher=reference, feature_weight=0.1, task="embedding")
     fit(network, memory(parts.teach, source.tokenise), objective, recipe=SENTENCES, folder=runs / "healed")
     network.eval().requires_grad_(False)
-    found = compare({"glance": Way(PLAN)}, network, reference, parts, source, runs, repeats=repeats, tell=tell)
+    found = compare({"glance": Way(NEAR)}, network, reference, parts, source, runs, repeats=repeats, tell=tell)
     index = answers(reference, labelled.teach, source.tokenise)
     asked = {"dense": answers(reference, labelled.report, source.tokenise), **served(runs / "glance", labelled.report, source.tokenise)}
     right = {name: nearest(vectors, index, labelled.report.labels, labelled.teach.labels) for name, vectors in asked.items()}

@@ -47,7 +47,7 @@ ALLOWANCES = {"sst2": Allowance(2.0, 1e-4, 6.0, 1e-4), "clinc150": Allowance(4.0
 def classifier(source: Source, classes: int) -> Network:
     """The encoder that was read, with a fresh layer of classes behind the mean of its tokens; the table of words stays as it is."""
     torch.manual_seed(0)
-    network = Network(replace(source.network.architecture, classes=classes, head_unit=False))
+    network = Network(replace(source.network.architecture, classes=classes, head_unit=False, task="classification"))
     network.load_state_dict({**network.state_dict(), **source.network.state_dict()})
     network.tokeniser.get_submodule("word").requires_grad_(False)
     return network

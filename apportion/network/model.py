@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apportion.errors import PathError
+from apportion.errors import PathError, PlanError
 from apportion.methods import find
 from apportion.methods.task import sight
 from apportion.network.architecture import Architecture
@@ -126,6 +126,8 @@ class Network(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         a = self.architecture = architecture
+        if a.classes and a.task == "embedding":
+            raise PlanError(f"{a.classes} classes for an embedding", wanted="classes 0, or a task with classes", do="Name the task.")
         self.tokeniser = tokeniser(a)
         self.blocks = nn.ModuleList(Block(a, index) for index in range(a.depth))
         self.depth = find("depth", "every")()

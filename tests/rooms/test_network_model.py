@@ -127,3 +127,8 @@ def test_what_only_images_have_is_refused_for_texts_and_sound(kind: dict, more: 
     Network(Architecture(**shape, **kind))
     with pytest.raises(PlanError, match=next(iter(more))):
         Network(Architecture(**shape, **kind, **more))
+
+
+def test_classes_are_no_embedding():
+    with pytest.raises(PlanError, match="3 classes for an embedding"):
+        Network(Architecture(8, 4, 8, 1, 2, 16, 3, task="embedding"))
