@@ -133,11 +133,21 @@ def healing(
     tests: int = 10_000,
     seeds: str = "0",
     repeats: int = 15,
+    without: Annotated[str, typer.Option(help="Methods to leave out, such as fixed_point,mind_skip.")] = "",
 ) -> None:
     """Every method with the same short healing on one trained network."""
     from bench import healing as bench
 
-    bench.main(data, networks, runs, images=images, tests=tests, seeds=[int(seed) for seed in seeds.split(",")], repeats=repeats)
+    bench.main(
+        data,
+        networks,
+        runs,
+        images=images,
+        tests=tests,
+        seeds=[int(seed) for seed in seeds.split(",")],
+        repeats=repeats,
+        without=without.split(",") if without else (),
+    )
 
 
 @app.command()

@@ -343,7 +343,7 @@ def timed(setting: Setting, every: list[dict[str, Any]], repeats: int) -> None:
             row["ms"] = sum(share * times[f"{found['method']}|rung {rung}"] for rung, share in enumerate(row["share"]))
 
 
-def main(data: File, networks: File, runs: File, *, images: int, tests: int, seeds: Sequence[int], repeats: int) -> None:
+def main(data: File, networks: File, runs: File, *, images: int, tests: int, seeds: Sequence[int], repeats: int, without: Sequence[str] = ()) -> None:
     torch.set_num_threads(1)
     train, held, test = cifar.read(data)
     held, test = held.rows(torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:tests]), test.rows(range(min(tests, len(test))))
@@ -354,7 +354,7 @@ def main(data: File, networks: File, runs: File, *, images: int, tests: int, see
         begun = cifar.train_dense(train, networks, seed).eval().requires_grad_(False)
         settings[seed] = Setting(train, held, test, begun, runs, seed, images)
         every[seed] = []
-        for name in WAYS if seed == first else ("ours", "dense, longer"):
+        for name in [name for name in WAYS if name not in without] if seed == first else ("ours", "dense, longer"):
             done = runs / f"{name.replace(' ', '-')}-{seed}-{images}-{tests}.json"
             if not done.exists():
                 write_json(done, one(settings[seed], name))
@@ -370,6 +370,6 @@ def main(data: File, networks: File, runs: File, *, images: int, tests: int, see
     fixed = [row for found in ways if not found["method"].startswith("mind_skip") for row in found["rows"]]
     hulls = {cost: hull([row[cost] for row in fixed], [row["accuracy"] for row in fixed]) for cost in ("gmacs", "ms")}
     more = [way for seed in others for way in every[seed]]
-    figures = {"images": images, "tests": len(test), "batch": BATCH, "ways": ways, "hull": hulls, "other_seeds": more}
+    figures = {"images": images, "tests": len(test), "batch": BATCH, "left_out": list(without), "ways": ways, "hull": hulls, "other_seeds": more}
     results.write("systems-healed", f"python -m bench healing --data FOLDER --seeds {','.join(map(str, seeds))}", figures)
     draw_healed(figures)
