@@ -58,7 +58,7 @@ def tasks(
     data: Data,
     model: Annotated[File, typer.Option(help="The folder of all-MiniLM-L6-v2, as sentence-transformers writes it.")],
     runs: File = File("runs/tasks"),
-    repeats: int = 12,
+    repeats: int = 6,
 ) -> None:
     """Sentence embeddings, and a class for each pixel of road scenes."""
     from bench import tasks as bench

@@ -30,6 +30,7 @@ from bench.text import memory
 CHOICES = (Choice("reducer", "tome"), Choice("depth", "skip"))
 PLAN = Plan(choices=CHOICES, glance=1, rungs=5, tolerance=1.0)
 NEAR = replace(PLAN, tolerance=6.0)  # a mean cosine of 0.94: one epoch of healing takes the full path itself to 0.977
+BUCKETS = (1, 32)
 SHARED = {"batch": 32, "warmup": 0.1, "ema": 0.99, "weight_decay": 0.01}
 SENTENCES = Recipe(epochs=1.0, learning_rate=1e-4, crop_padding=0, seed=100, **SHARED)
 FEED = Preprocess(96, (0.41, 0.43, 0.43), (0.3, 0.31, 0.31), squash=True)
@@ -38,7 +39,7 @@ SCENES = Recipe(epochs=40, learning_rate=1e-3, crop_padding=8, flip=True, **{**S
 HEALING = replace(SCENES, epochs=15, learning_rate=5e-4, seed=100)
 
 
-def main(data: File, model: File, runs: File, *, repeats: int = 12) -> None:
+def main(data: File, model: File, runs: File, *, repeats: int = 6) -> None:
     begin = time.monotonic()
 
     def tell(text: str) -> None:
@@ -69,7 +70,7 @@ def embeddings(data: File, model: File, runs: File, repeats: int, tell: Any) -> 
     objective = sandwich(taught_paths(network.space), extra=1, teacher=reference, feature_weight=0.1, task="embedding")
     fit(network, memory(parts.teach, source.tokenise), objective, recipe=SENTENCES, folder=runs / "healed")
     network.eval().requires_grad_(False)
-    found = compare({"glance": Way(NEAR)}, network, reference, parts, source, runs, repeats=repeats, tell=tell)
+    found = compare({"glance": Way(NEAR, buckets=BUCKETS)}, network, reference, parts, source, runs, repeats=repeats, tell=tell)
     index = answers(reference, labelled.teach, source.tokenise)
     asked = {"dense": answers(reference, labelled.report, source.tokenise), **served(runs / "glance", labelled.report, source.tokenise)}
     right = {name: nearest(vectors, index, labelled.report.labels, labelled.teach.labels) for name, vectors in asked.items()}
@@ -85,7 +86,7 @@ def served(folder: File, samples: Any, feed: Any) -> dict[str, Tensor]:
     """What the bundle answers at its operating point, and along its cheapest path."""
     from apportion.deliver.adapted import load
 
-    model = load(folder, backend="eager", buckets=(1, 8, 32))
+    model = load(folder, backend="eager", buckets=BUCKETS)
     model.warm()
     batches = [inputs for inputs, _ in samples.batches(64, feed)]
     return {
@@ -119,7 +120,7 @@ def scenes(data: File, runs: File, repeats: int, tell: Any) -> dict[str, Any]:
     fit(network, Images(inputs, teach.labels), objective, recipe=HEALING, folder=runs / "healed")
     network.eval().requires_grad_(False)
     source = Source(network, FEED, None, None, {"source": "bench tasks", "trained_on": "camvid_240"})
-    ways = {"glance": Way(PLAN), "checkpoints": Way(replace(PLAN, control="checkpoints"))}
+    ways = {"glance": Way(PLAN, buckets=BUCKETS), "checkpoints": Way(replace(PLAN, control="checkpoints"), buckets=BUCKETS)}
     found = compare(ways, network, reference, parts, source, runs, repeats=repeats, tell=tell)
     return {**found, "mean_iou": {"dense": mean_iou(reference, tested), "full path": mean_iou(network, tested)}}
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from apportion import verbs
+from apportion.deliver import deciding
 from apportion.deliver.adapted import load
 from apportion.deliver.answers import spelled
 from apportion.errors import DataError, PlanError
@@ -65,6 +66,11 @@ def test_the_whole_way_of_texts(task: str, tmp_path: File) -> None:
     rows = [{"text": " ".join(text), **({} if task == "embedding" else {"label": told(text, task)})} for text in texts]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options: dict[str, Any] = {"pooling": "mean"} if task == "embedding" else {}
+    if task == "embedding":  # labels that the data bring all the same are not what is learned, and no name of an output
+        for row in rows:
+            row["label"] = "good" if "good" in str(row["text"]) else "bad"
+        (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        assert deciding.named(("bad", "good"), 0) == ()
     weighed = verbs.adapt(
         str(tmp_path / "model"), tmp_path / "data.jsonl", plan=PLAN, out=tmp_path / "out", backend="eager", buckets=(4,), repeats=2, **options
     )

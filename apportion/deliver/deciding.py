@@ -250,8 +250,8 @@ def decision_macs(features: int, rungs: int) -> int:
 
 
 def named(classes: tuple[str, ...], outputs: int) -> tuple[str, ...]:
-    """A name for every output: its number where the data does not name it; none where nothing is named."""
-    return (*classes, *map(str, range(len(classes), outputs))) if classes else ()
+    """A name for every output: its number where the data does not name it; none where nothing is named, or nothing has a class."""
+    return (*classes, *map(str, range(len(classes), outputs))) if classes and outputs else ()
 
 
 def joined(first: Outcomes, second: Outcomes) -> Outcomes:
