@@ -44,12 +44,18 @@ if not out.is_terminal:
 
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else there.")]
-BackendName = Annotated[str, typer.Option("--backend", help="inductor (compiled, fast) or eager (starts at once).")]
-Measured = Annotated[str, typer.Option("--backend", help="inductor (compiled, fast), eager (starts at once), or auto: whichever is fastest here.")]
+Measured = Annotated[
+    str, typer.Option("--backend", help="inductor (compiled, fast), eager (starts at once), openvino, onnxruntime, or auto: whichever is fastest here.")
+]
 Folder = Annotated[File, typer.Argument(help="The folder of a bundle.")]
-DATA = typer.Option("--data", help="An image folder, an .npz file or `digits`; for texts a .csv, .tsv or .jsonl file, or a folder of them.")
+DATA = typer.Option(
+    "--data", help="An image folder, an .npz file or `digits`; for texts and rows a .csv, .tsv or .jsonl file, or a folder of them; files of series."
+)
 Data = Annotated[str, DATA]
 Columns = Annotated[str | None, typer.Option(help="Other names of the columns in tables of texts: text=sentence,label=intent,pair=second.")]
+
+
+STEPS = 300  # of training from scratch, at least: ten epochs of some dozens of samples teach nothing
 
 
 def tell(text: str) -> None:
@@ -137,12 +143,18 @@ def adapt(
     plan: Annotated[File | None, typer.Option(help="A plan in TOML; the options above come on top of it.")] = None,
     timm_name: Annotated[str | None, typer.Option(help="The timm model that a .safetensors file belongs to.")] = None,
     random: Annotated[bool, typer.Option("--random", help="Untrained weights, to try the way without a download.")] = False,
-    length: Annotated[int | None, typer.Option(help="Tokens of a text, or samples of a recording, at most; without it 512 or 16,000, or fewer.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a text, samples of a recording or points of a series, at most; without it 512, 16,000 or all, or fewer.")
+    ] = None,
     columns: Columns = None,
     task: Annotated[str | None, typer.Option(help="What outputs mean where the model does not say: classification, multilabel or regression.")] = None,
     pooling: Annotated[str | None, typer.Option(help="How an encoder without a head makes one vector: mean, class_token or pooler.")] = None,
-    method: Annotated[str | None, typer.Option(help="acm: a gate gives every token its own width (needs epochs), in place of nested widths.")] = None,
-    kind: Annotated[str | None, typer.Option(help="What the data are, where `scratch` cannot see it: images, texts, recordings or rows (of a table).")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="acm: a gate gives every token its own width (needs epochs). surrogate: fitted maps in place of blocks left out.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="What the data are, where `scratch` cannot see it: images, texts, recordings, rows (of a table) or series.")
+    ] = None,
     vocabulary: Annotated[int, typer.Option(help="Pieces of words that `scratch` learns from texts.")] = 8000,
     backend: Measured = "inductor",
     as_json: Json = False,
@@ -178,6 +190,7 @@ def adapt(
             length=length,
             vocabulary=vocabulary,
             certify=wanted.confidence > 0,
+            least_steps=STEPS,
             folder=to / "training" / "dense",
             tell=tell,
         )
@@ -219,17 +232,19 @@ def demo(
 @app.command()
 def run(
     folder: Folder,
-    inputs: Annotated[list[str], typer.Argument(help="Pictures or recordings, or folders of them; for texts tables of them, or texts as they stand.")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Pictures or recordings, or folders of them; tables of rows; files of series; for texts tables, or texts as they stand.")
+    ],
     budget: Annotated[str | None, typer.Option(help="0.5x, 12ms or 2GMACs per input; with < before it, a cap.")] = None,
     columns: Columns = None,
-    backend: BackendName = "eager",
+    backend: Measured = "eager",
     cache: Annotated[File | None, typer.Option(help="A folder in which OpenVINO and ONNX Runtime keep converted graphs for the next start.")] = None,
     as_json: Json = False,
 ) -> None:
     """Label, path and cost of each picture, recording or text. One that cannot be read is named, the others are answered, and the exit code is 5."""
     from apportion import verbs
 
-    rows, skipped = verbs.run(folder, inputs, budget=budget, columns=named(columns), backend=verbs.backend(backend), cache=cache)
+    rows, skipped = verbs.run(folder, inputs, budget=budget, columns=named(columns), backend=verbs.wanted(backend), cache=cache, tell=tell)
     found = {"answers": rows, "skipped": [{"file": file, "why": why} for file, why in skipped]}
     lines = [[row["file"], *spoken(row), row["path"], f"{row['gmacs']:.4f}"] for row in rows]
     show(found, lambda: grid(str(folder), ["file", "answer", "probability", "path", "GMACs"], lines), as_json)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path as File
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apportion import methods
 from apportion.control import candidates, exits
@@ -18,26 +18,22 @@ from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.answers import spelled
 from apportion.deliver.costs import chosen_lengths, profile
 from apportion.deliver.deciding import BATCH, control, outcomes
-from apportion.deliver.weighing import Ranking, Weighed, check_time, fast_enough, made_up, rank, typical, weigh
+from apportion.deliver.ranking import Ranking, Tell, Wanted, made_up, rank, silent
+from apportion.deliver.weighing import Weighed, check_time, fast_enough, typical, weigh
 from apportion.engine import Backend
-from apportion.errors import EngineError, PlanError
+from apportion.errors import DataError, EngineError, NoEffect, PlanError
 from apportion.intake import KINDS, Feed, Parts, Pooling, Preprocess, Samples, Tokenise, fresh, matched, opened, read_model, reader
 from apportion.intake.labels import span
-from apportion.intake.parts import bare
+from apportion.intake.parts import FEWEST, bare
 from apportion.measure.inspect import Inspection, inspected
 from apportion.methods.task import SURE
-from apportion.network import Architecture, Network, put, sort_by_importance
+from apportion.network import Architecture, Network, fit_bridges, left_out, put, sort_by_importance
 from apportion.train import Data, Images, Recipe, Sounds, Texts, acm, dense, fit, sandwich
+from apportion.train.tasks import taught_by
 from apportion.vocab import Choice, Ladder, Plan, Task
 
-Tell = Callable[[str], None]
-Wanted = Backend | Literal["auto"]
-"""A back-end, or whichever is fastest here on the full path and answers as the modules do."""
+BRIDGING = 1000  # samples on which maps are fitted and judged, at most
 GATE = 16  # hidden units of an adaptive computation module's gate, as published
-
-
-def silent(text: str) -> None:
-    """Progress for nobody."""
 
 
 def adapt(
@@ -127,15 +123,16 @@ def scratch(
     length: int | None = None,
     vocabulary: int = 8000,
     certify: bool = False,
+    least_steps: int = 0,
     folder: File | None = None,
     tell: Tell = silent,
 ) -> tuple[Network, Feed, Parts]:
     """Train a dense network for people who bring data and no model; then it goes through `adapt`.
 
-    What the data are, `kind` says ("images", "texts", "recordings", "rows"), or a `feed`, or else the data themselves (`intake.fresh.kind_of`). Without an
-    `architecture` it is one of moderate size. Of texts a `vocabulary` of so many pieces of words is learned, from those alone that teach, and they are cut to
-    `length` tokens. What a recipe says of pixels counts for images alone. `certify`: samples are kept for a plan that asks for confidence. Raises DataError and
-    PlanError.
+    What the data are, `kind` says ("images", "texts", "recordings", "rows", "series"), or a `feed`, or else the data themselves (`intake.fresh.kind_of`).
+    Without an `architecture` it is one of moderate size. Of texts a `vocabulary` of so many pieces of words is learned, from those alone that teach, and they
+    are cut to `length` tokens. What a recipe says of pixels counts for images alone. `certify`: samples are kept for a plan that asks for confidence.
+    `least_steps`: where samples are so few that the recipe's epochs make fewer, there are more epochs. Raises DataError and PlanError.
     """
     which = type(feed) if feed is not None else fresh.kind_of(data, columns) if kind is None else fresh.kind_called(kind)
     begun = feed or fresh.blank(which, architecture, length)
@@ -144,12 +141,30 @@ def scratch(
     assert samples is not None  # Parts.read was asked for some
     feed, shape = fresh.fitted(begun, samples, architecture, task=task, length=length, vocabulary=vocabulary)
     parts.check(shape.classes)
+    if len(parts.decide) < FEWEST:
+        found = f"{len(parts.decide)} {what} to learn decisions from and {len(samples)} that teach, beside {len(parts.report)} for the test"
+        raise DataError(found, wanted=f"at least {FEWEST} for decisions, a quarter of what is no test", do="Give more data, or fewer of them as the test.")
     torch.manual_seed(recipe.seed)
     network = Network(shape)
+    if task == "regression" and samples.labels is not None:
+        _to_scale(network, samples.labels)
     tell(f"training {shape.depth} blocks of width {shape.dim} on {len(samples)} {what}")
+    if recipe.steps(len(samples)) < least_steps:
+        recipe = replace(recipe, epochs=least_steps * recipe.batch / len(samples))
+        tell(f"{recipe.epochs:.0f} epochs, which is {least_steps} steps: there are few {what}")
     objective = dense(label_smoothing=recipe.label_smoothing, task=task, span=shape.span)
     fit(network, _memory(samples, feed), objective, recipe=recipe if which is Preprocess else replace(recipe, crop_padding=0, flip=False), folder=folder)
     return network, feed, parts
+
+
+def _to_scale(network: Network, numbers: Tensor) -> None:
+    """Answers of an untrained network as far apart, and about as large, as these numbers (n, outputs): steps of a thousandth would not get there in time."""
+    project: Any = network.head.project
+    last = [part for part in project.modules() if isinstance(part, nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.mul_(numbers.std(0, correction=0).clamp_min(torch.finfo(numbers.dtype).tiny)[:, None])
+        if last.bias is not None:
+            last.bias.copy_(numbers.mean(0))
 
 
 def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: File | None, tell: Tell) -> Network:
@@ -160,6 +175,8 @@ def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: F
     some = samples.rows(range(min(256, len(samples))))
     tell("sorting units by importance")
     sort_by_importance(network, (inputs for inputs, _ in some.batches(BATCH, feed)))
+    if any((choice.slot, choice.name) == ("bridge", "surrogate") for choice in plan.choices):
+        bridged(network, samples, feed, plan, tell=tell)
     if plan.epochs > 0:
         if parts.teach is None:
             raise PlanError(f"{plan.epochs} epochs and nothing to teach with", wanted="training samples", do="Give some, or set epochs to 0.")
@@ -182,6 +199,19 @@ def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: F
     return network.eval().requires_grad_(False)
 
 
+def bridged(network: Network, samples: Samples, feed: Feed, plan: Plan, *, tell: Tell) -> None:
+    """Maps for the runs of blocks that candidate paths leave out, or that the plan names: fitted on three quarters of some samples, judged on the others."""
+    runs = network.bridge.runs or left_out(network, (exits if plan.control == "checkpoints" else candidates)(network.space, plan.glance))
+    if not runs:
+        raise NoEffect("a bridge in a network whose blocks all run", wanted="one that may leave some out", do="Put a depth method into the plan.")
+    count = min(BRIDGING, len(samples))
+    tell(f"fitting maps for {len(runs)} runs of blocks that paths leave out on {count} {KINDS[type(feed)][1]}")
+    fit_on, judge_on = ([inputs for inputs, _ in samples.rows(rows).batches(BATCH, feed)] for rows in (range(3 * count // 4), range(3 * count // 4, count)))
+    soft, _ = taught_by(network.architecture.task, span=network.architecture.span)
+    found = fit_bridges(network, runs, fit_on, held_out=judge_on, apart=lambda answers, full: soft(answers, teacher=full))
+    tell(f"{sum(each.pays for each in found)} of {len(runs)} maps answer more like the full path than leaving the blocks out does, and are kept")
+
+
 def check_task(task: Task, plan: Plan) -> None:
     """Raises PlanError where a plan wants answers that say how sure they are, and those of this task do not."""
     if plan.control == "checkpoints" and task not in SURE:
@@ -191,9 +221,12 @@ def check_task(task: Task, plan: Plan) -> None:
 
 
 def with_method(plan: Plan, name: str) -> Plan:
-    """The plan with a method whose parts are taught in an order of their own: `acm`, a gate for every token in place of nested widths. Raises PlanError."""
+    """The plan with a method that needs more than its slot: `acm`, a gate for every token in place of nested widths, taught in an order of its own; or
+    `surrogate`, fitted maps in place of blocks that are left out. Raises PlanError."""
+    if name == "surrogate":
+        return replace(plan, choices=(*plan.choices, Choice("bridge", "surrogate")))
     if name != "acm":
-        raise PlanError(f"method {name!r}", wanted="acm", do="Name other methods in the plan's choices.")
+        raise PlanError(f"method {name!r}", wanted="acm or surrogate", do="Name other methods in the plan's choices.")
     return replace(plan, choices=(*(choice for choice in plan.choices if choice.slot != "ffn"), Choice("ffn", "acm", options={"gate": GATE})))
 
 
@@ -217,11 +250,14 @@ def bench(
     *,
     columns: Mapping[str, str] | None = None,
     backend: Wanted = "inductor",
-    buckets: Sequence[int] = (1, 8, 32),
+    buckets: Sequence[int] | None = None,
     repeats: int = 30,
     tell: Tell = silent,
 ) -> Weighed:
-    """Measure a bundle again, on this device and this data, and write the times and the report into it. The dense model is its full path, undecided."""
+    """Measure a bundle again, on this device and this data, and write the times and the report into it. The dense model is its full path, undecided.
+
+    Without `buckets`, at the bundle's own batch sizes.
+    """
     adapted, ranking = load(folder, backend="eager" if backend == "auto" else backend, buckets=buckets), None
     bundle, feed = adapted.bundle, adapted.bundle.preprocess
     task = bundle.network.architecture.task
@@ -229,7 +265,7 @@ def bench(
     samples = bare(samples) if task == "embedding" else samples
     samples.check(bundle.network.architecture.classes)
     if backend == "auto":
-        ranking = rank(bundle.network, typical(bundle.network, samples, feed, max(buckets), bundle.lengths), tell=tell)
+        ranking = rank(bundle.network, typical(bundle.network, samples, feed, max(adapted.buckets), bundle.lengths), tell=tell)
         adapted = Adapted(bundle, backend=ranking.backend, buckets=buckets)
     checkpoints, over = bundle.plan.control == "checkpoints", profile(bundle.network, samples, feed, bundle.lengths)
     seen = outcomes(bundle.network, bundle.ladder, samples, feed, decision=bundle.controller.macs, checkpoints=checkpoints, over=over)
@@ -254,11 +290,12 @@ def run(
     *,
     budget: str | None = None,
     columns: Mapping[str, str] | None = None,
-    backend: Backend = "eager",
+    backend: Wanted = "eager",
     cache: File | None = None,
+    tell: Tell = silent,
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Answer (`spelled`), path and GMACs of each picture or recording in files and folders, or each text, and what could not be read, with the reason."""
-    adapted, rows, skipped = load(folder, backend=backend, cache=cache), list[dict[str, Any]](), list[tuple[str, str]]()
+    adapted, rows, skipped = load(folder, backend=backend, cache=cache, tell=tell), list[dict[str, Any]](), list[tuple[str, str]]()
     given = opened(inputs, adapted.bundle.preprocess, columns)
     while part := list(islice(given, BATCH)):
         skipped += [(name, why) for name, _, why in part if why]

@@ -44,6 +44,30 @@ def text(
 
 
 @app.command()
+def engine(parts: str = "", repeats: int = 12) -> None:
+    """The engine on the clock: time saved over work saved, run times side by side, builds under traffic, foretold times, memory. Needs no data."""
+    from bench import engine as bench
+
+    bench.main([part for part in parts.split(",") if part], repeats)
+
+
+@app.command()
+def acm(
+    data: Data,
+    model: Annotated[File, typer.Option(help="The folder of all-MiniLM-L6-v2, as sentence-transformers writes it.")],
+    runs: File = File("runs/acm"),
+    networks: File = File("runs/cifar"),
+    texts: File = File("runs/text"),
+    repeats: int = 12,
+    only: str = "",
+) -> None:
+    """Learners that add up, with a gate for every token, on a trained ViT and on a trained text encoder."""
+    from bench import acm as bench
+
+    bench.main(data, model, runs, networks=networks, texts=texts, repeats=repeats, only=[name for name in only.split(",") if name])
+
+
+@app.command()
 def packing(
     data: Data, model: Annotated[File, typer.Option(help="The folder of all-MiniLM-L6-v2, as sentence-transformers writes it.")], repeats: int = 5
 ) -> None:

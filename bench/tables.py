@@ -21,6 +21,8 @@ def main() -> None:
     fill(ROOT / "docs" / "control.md", "control", deciding())
     write_atomic(ROOT / "docs" / "distil.md", distil())
     fill(ROOT / "docs" / "tasks.md", "tasks", tasks())
+    fill(ROOT / "docs" / "engine.md", "engine", engine())
+    fill(ROOT / "docs" / "acm.md", "acm", learners())
     write_atomic(ROOT / "docs" / "methods.md", shelf())
     write_atomic(ROOT / "docs" / "peers.md", peers())
     write_atomic(ROOT / "docs" / "systems.md", systems())
@@ -236,6 +238,97 @@ def tasks() -> str:
         f"model, has their label: {right}. Mean IoU of the dense network on CamVid's 11 classes {100 * iou['dense']:.1f} %, of the full path after healing",
         f"{100 * iou['full path']:.1f} %.",
     ]
+    return "\n".join(lines)
+
+
+def engine() -> str:
+    """docs/engine.md: what the engine does on the clock."""
+    found = json.loads((FOLDER / "engine.json").read_text())
+    lines = [machine(found), "", "### Paths", "", "![time against multiply-adds](engine.png)", ""]
+    lines += [
+        "Time over the dense network on the same run time; in brackets what part of the work saved is time saved. Each path runs behind glance and",
+        "decision:",
+    ]
+    lines += ["what the full path takes beyond 1 is the price of deciding.", ""]
+    rows = found["paths"]["found"]
+    for name in dict.fromkeys(row["network"] for row in rows):
+        mine = [row for row in rows if row["network"] == name]
+        ways = list(dict.fromkeys((row["backend"], row["batch"]) for row in mine))
+        by = {(row["path"], row["backend"], row["batch"]): row for row in mine}
+        lines += [f"**{name}**", "", f"| path | work | {' | '.join(f'{backend}, batch {batch}' for backend, batch in ways)} |", "|---" * (2 + len(ways)) + "|"]
+        for path in dict.fromkeys(row["path"] for row in mine):
+            cells = [by[path, *way] for way in ways]
+            texts = [f"{row['time']['value']:.2f}x" + ("" if row["realised"] is None else f" ({row['realised']:.2f})") for row in cells]
+            lines.append(f"| `{path.rsplit('_', 1)[0]}` | {cells[0]['macs_share']:.3f} | {' | '.join(texts)} |")
+        full = [by[mine[-1]["path"], *way]["dense_ms"] / way[1] for way in ways]
+        lines += [f"| dense, ms each |  | {' | '.join(f'{ms:.2f}' for ms in full)} |", ""]
+    whole = found["dense"]["found"]
+    batches = list(dict.fromkeys(row["batch"] for row in whole))
+    lines += [
+        "### The dense network",
+        "",
+        "timm's ViT-S/16 as each run time's manual has it, and what we read of it through the engine. *Time* is over the fastest of timm's.",
+        "",
+    ]
+    lines += [f"| way | {' | '.join(f'ms each, batch {batch} | time' for batch in batches)} |", "|---" * (1 + 2 * len(batches)) + "|"]
+    for way in dict.fromkeys(row["way"] for row in whole):
+        mine = [row for row in whole if row["way"] == way]
+        cells = [f"{row['ms']:.1f} | {row['time']['value']:.2f}x ({row['time']['low']:.2f} to {row['time']['high']:.2f})" for row in mine]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    busy = found["traffic"]["found"]
+    lines += ["", "### Under traffic", ""]
+    lines += [
+        f"{busy['batches']:,} batches of 1 to 32 samples at random budgets on a tiny network: {busy['graphs']} graphs built before the first,"
+        f" {busy['built_after']} after."
+    ]
+    lines += [
+        "",
+        "### Times foretold",
+        "",
+        "Paths of the small ViT that were not measured, at batch 1 and 8, foretold from paths that were; relative error.",
+        "",
+    ]
+    lines += ["| run time | measured paths | points asked | mean | 95 % below |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['backend']} | {row['paths']} | {row['held_out']} | {100 * row['mean']:.1f} % | {100 * row['p95']:.1f} % |" for row in found["table"]["found"]
+    ]
+    lines += [
+        "",
+        "### Memory",
+        "",
+        "What a process grew by at most, the run time itself left out: the engine with all paths over the dense graph, both at the largest batch. Activations",
+        "",
+    ]
+    lines[-2] += " are exact, of the modules run operator by operator."
+    lines += ["| network | run time | batch | engine over dense | activations, dense, MiB | cheapest path | dearest below full | full |", "|---" * 8 + "|"]
+    for row in found["memory"]["found"]:
+        held = row["activation_bytes"]
+        cells = [f"{each / 2**20:.1f}" for each in (held["dense"], held["paths"][0], held["paths"][-2], held["paths"][-1])]
+        lines.append(f"| {row['network']} | {row['backend']} | {row['batch']} | {row['engine_over_dense']:.2f}x | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def learners() -> str:
+    """docs/acm.md: the trained encoders."""
+    found = json.loads((FOLDER / "acm.json").read_text())
+    lines = [f"`python -m bench acm`: {found['learners']} learners, a gate of {found['gate']} hidden units. {machine(found)}", ""]
+    for name, run in found["runs"].items():
+        lines += [
+            f"**{name}**: dense {correct(run['accuracy_dense'], run['samples'])} % on {run['samples']:,} test samples, taught for {run['epochs']:g} epochs."
+            f" Time at batch {found['batch']} over the dense network on the same run time, in brackets what part of the work saved is time saved.",
+            "",
+            "| learners | work | served | drop, points (95 %) | same for all | dealt at random | OpenVINO | eager |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in run["rows"]:
+            drop, right = row["drop_points"]["served"], row["accuracy"]
+            times = [f"{t['value']:.2f}x" + ("" if t["realised"] is None else f" ({t['realised']:.2f})") for t in row["time"].values()]
+            lost = f"{drop['points']:.2f} ({drop['low']:.2f} to {drop['high']:.2f})"
+            lines.append(
+                f"| {row['learners']} of {found['learners']} | {row['macs_share']:.3f} | {100 * right['served']:.2f} | {lost}"
+                f" | {100 * right['same for all']:.2f} | {100 * right['dealt at random']:.2f} | {' | '.join(times)} |"
+            )
+        lines.append("")
     return "\n".join(lines)
 
 

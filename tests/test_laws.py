@@ -72,7 +72,7 @@ def test_exact_at_full_catches(fault, monkeypatch):
     elif fault == "order":
         monkeypatch.setattr(find("ffn", "dense"), "permute", lambda self, order: self.down.permute(inp=order))
     else:
-        monkeypatch.setattr(find("ffn", "matformer"), "forward", lambda self, x, width, notes=None: 1.001 * self.part(x, width))
+        monkeypatch.setattr(find("ffn", "matformer"), "forward", lambda self, x, width, notes=None, size=None: 1.001 * self.part(x, width))
     with caught:
         check_exact_at_full(network, PLAN, images(3, dtype=torch.float64))
 
@@ -99,11 +99,11 @@ def test_a_path_is_an_argument_catches(fault, monkeypatch):
     dense, seen = find("ffn", "dense"), []
     plain = dense.forward
 
-    def attribute(self, x, width, notes=None):
+    def attribute(self, x, width, notes=None, size=None):
         self.last = width
         return plain(self, x, width)
 
-    def memory(self, x, width, notes=None):
+    def memory(self, x, width, notes=None, size=None):
         seen.append(width)
         return plain(self, x, seen[-2] if len(seen) > 1 else width)
 

@@ -191,7 +191,7 @@ def test_what_is_wrong_with_a_table_is_named(tmp_path: File) -> None:
     assert found.classes == ("red", "white") and found.labels is not None and found.labels.tolist() == [0, 1, 0, 1] and found.cells[1] == {"acid": "3"}
     with pytest.raises(DataError, match=r"label 1 at .*torn.csv, line 4"):
         found.check(1)
-    with pytest.raises(DataError, match=r"no file of rows .*parquet"):
+    with pytest.raises(DataError, match=r"no table .*parquet"):
         read_rows(tmp_path / "a.parquet")
     folder = tmp_path / "both"
     folder.mkdir()

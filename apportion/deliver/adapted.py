@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path as File
@@ -20,7 +20,9 @@ from apportion.control.drift import Alarm
 from apportion.deliver import bundle as disk
 from apportion.deliver.bundle import Bundle
 from apportion.deliver.costs import Ledger
-from apportion.engine import Backend, Build, Engine, Lengths, Relay, Routed, build
+from apportion.deliver.ranking import Tell, Wanted, best, silent
+from apportion.deliver.retuning import Retuned, call_rows, chosen, spelled
+from apportion.engine import RUNTIMES, Backend, Build, Engine, Lengths, Relay, Routed, build
 from apportion.errors import BundleError, PlanError
 from apportion.intake import Feed, Tokenise
 from apportion.measure.doctor import fingerprint
@@ -28,6 +30,8 @@ from apportion.methods.task import sureness
 from apportion.network import Network
 from apportion.vocab import Answer, Budget, Ladder, Task, Tokens
 
+BUCKETS = (1, 8, 32)
+"""Batch sizes for graphs, where neither the call nor the bundle names any."""
 Inputs = Tensor | np.ndarray | Sequence[Image.Image] | Sequence[str | File] | Sequence[tuple[str, str]] | Sequence[tuple[Any, int]]
 
 
@@ -114,7 +118,8 @@ class Adapted:
 
     `model(images)` takes uint8 pictures (an array (n, rows, columns, 3) or a list of PIL images), or a float tensor (n, 3, side, side) that has been
     preprocessed already. A model of texts takes a list of them, or of pairs where it learned from pairs, or their tokens as the tokeniser makes them; a model
-    of sound a list of files or of (samples, rate), or the features made of them.
+    of sound a list of files or of (samples, rate), or the features made of them; a model of rows a list of mappings; a model of series a list of arrays
+    (channels, points), or one array of all.
     The first call builds every graph, unless `warm` did; none is built after that.
     """
 
@@ -123,12 +128,13 @@ class Adapted:
         bundle: Bundle,
         *,
         backend: Backend = "inductor",
-        buckets: Sequence[int] = (1, 8, 32),
+        buckets: Sequence[int] | None = None,
         engine: Routed | Lengths | None = None,
         cache: File | None = None,
     ) -> None:
-        """`engine`: one that was built for this very bundle and is to be used again. `cache`: a folder that keeps converted graphs for the next start."""
-        self.bundle, self.buckets = bundle, tuple(buckets)
+        """`buckets`: batch sizes to build graphs for; without them the bundle's own, or where it has none BUCKETS. `engine`: one that was built for this very
+        bundle and these sizes and is to be used again. `cache`: a folder that keeps converted graphs for the next start."""
+        self.bundle, self.buckets = bundle, tuple(buckets or bundle.buckets or BUCKETS)
         self.backend: Backend = backend
         self.ledger = Ledger.of(bundle)
         self.engine = engine or self.built(backend, make=partial(build, cache=cache))
@@ -143,17 +149,47 @@ class Adapted:
         """Build every graph; returns how many there are."""
         return self.engine.warm(progress)
 
+    def retune(
+        self, *, sizes: int | None = None, largest: int | None = None, traffic: Mapping[int, float] | None = None, worth: float = 0.03, tell: Tell = silent
+    ) -> Retuned:
+        """Choose the batch sizes anew from the groups that calls brought (`engine.traffic`), and build graphs for them while requests are answered.
+
+        At most `sizes` of them (without it as many as now), none above `largest` (without it the largest now, so that the peak of memory stays): larger
+        groups come in pieces of it. `traffic`: other groups than those counted, size -> how often. What they cost is counted in rows and calls; how many rows
+        a call is worth is read from the bundle's times of this device, where it has them. Sizes stay where others save less than `worth` of that cost.
+
+        Graphs of sizes that stay are kept. The new ones are all there before the first call sees any; calls that have begun end on the old ones. `save`
+        keeps the choice. Cost: the builds (`engine.build`), and both sets in memory meanwhile. Not for two threads at once.
+        Raises EngineError where no group was counted.
+        """
+        self.warm(tell)
+        old, before = self.engine, self.buckets
+        sizes, largest = len(before) if sizes is None else sizes, max(before) if largest is None else largest
+        call = call_rows(self.bundle.costs.get(fingerprint()), self.backend)
+        found = chosen(old.traffic if traffic is None else traffic, before, sizes=sizes, largest=largest, call=call)
+        fits = len(before) <= sizes and max(before) <= largest
+        if found.after == before or (fits and found.saved < worth):
+            tell(f"batch sizes stay {spelled(before)}: {found.promise}")
+            return replace(found, after=before, saved=0.0, kept=old.built)
+        tell(f"batch sizes {spelled(found.after)} in place of {spelled(before)}: {found.promise}")
+        new = old.at(found.after)
+        kept = new.built
+        new.warm(tell)
+        self.engine, self.buckets, self.bundle = new, found.after, replace(self.bundle, buckets=found.after)
+        return replace(found, kept=kept, built=new.built - kept)
+
     def __call__(self, images: Inputs, budget: str | float | Budget | None = None) -> Answer:
         """Answers, path and cost (GMACs) for each image, at the bundle's operating point or at `budget`. Raises PlanError for a budget out of reach."""
-        self.warm()
+        engine = self.engine  # one for the whole call, whatever `retune` puts in its place meanwhile
+        engine.warm()
         inputs = images if isinstance(images, Tensor) else self.bundle.preprocess(images)  # pyright: ignore[reportArgumentType]
-        if not isinstance(self.engine, Lengths):
+        if not isinstance(engine, Lengths):
             mean, cap = self.shares(budget)
-            return self.engine(inputs, budget=mean, cap=cap)
-        present = self.engine.places(inputs).unique().tolist()
+            return engine(inputs, budget=mean, cap=cap)
+        present = engine.places(inputs).unique().tolist()
         shares = {place: self.shares(budget, place) for place in present}
         caps = [shares[place][1] if place in shares else float("inf") for place in range(len(self.ledger.lengths))]
-        return self.engine(inputs, budget=min((mean for mean, _ in shares.values()), default=1.0), cap=caps)
+        return engine(inputs, budget=min((mean for mean, _ in shares.values()), default=1.0), cap=caps)
 
     def shares(self, budget: str | float | Budget | None, place: int = 0) -> tuple[float, float]:
         """A budget as (mean, cap), both shares of the full path's cost; of a text, of one of the length at this place in the ledger.
@@ -243,14 +279,26 @@ class Watched:
 
 
 def load(
-    folder: str | os.PathLike[str], *, backend: Backend = "inductor", buckets: Sequence[int] = (1, 8, 32), cache: str | os.PathLike[str] | None = None
+    folder: str | os.PathLike[str],
+    *,
+    backend: Wanted = "inductor",
+    buckets: Sequence[int] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    tell: Tell = silent,
 ) -> Adapted:
     """The model that `Adapted.save` wrote. `cache`: a folder in which OpenVINO and ONNX Runtime keep what they converted, so that the next start is quick.
 
-    Raises BundleError where the bundle is not whole, and NoEffect for a cache with a back-end that would not use it.
+    `backend="auto"` takes the one that was fastest on this device when the bundle was measured here, or else measures them now, which builds the full path
+    by each of them at two batch sizes; `tell` hears why. Where the fastest has no use for the cache, there is none, and `tell` hears that.
+    Raises BundleError where the bundle is not whole, and NoEffect for a cache with a back-end that was named and would not use it.
     """
-    where = None if cache is None else File(cache)
-    return Adapted(disk.load(File(folder)), backend=backend, buckets=buckets, cache=where)
+    bundle, where = disk.load(File(folder)), None if cache is None else File(cache)
+    if backend == "auto":
+        backend = best(bundle, batch=max(buckets or bundle.buckets or BUCKETS), tell=tell)
+        if where is not None and backend not in RUNTIMES:
+            tell(f"no cache: {backend} keeps no converted graphs")
+            where = None
+    return Adapted(bundle, backend=backend, buckets=buckets, cache=where)
 
 
 __all__ = ["Adapted", "Decide", "Place", "Watched", "load"]

@@ -30,7 +30,7 @@ from torch import nn
 from apportion.control import Cascade, Certificate, Controller, Decider
 from apportion.errors import ApportionError, BundleError, PathError, PlanError
 from apportion.files import write_atomic, write_json
-from apportion.intake import Feed, Listen, Preprocess, Tabulate, Tokenise
+from apportion.intake import Align, Feed, Listen, Preprocess, Tabulate, Tokenise
 from apportion.network import Architecture, Network, put
 from apportion.vocab import Ladder, Path, Plan
 
@@ -71,6 +71,7 @@ class Served:
     dense_gmacs: float
     classes: tuple[str, ...]
     certificate: Certificate | None = None
+    buckets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,8 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """plan.toml, as a whole: `preprocess` for a model of images, `tokenise` for one of texts, `listen` for one of sound, `tabulate` for one of tables."""
+    """plan.toml, as a whole: `preprocess` for a model of images, `tokenise` for one of texts, `listen` for one of sound, `tabulate` for one of tables,
+    `align` for one of series."""
 
     version: int
     plan: Plan
@@ -113,10 +115,12 @@ class Settings:
     tokenise: Tokens | None = None
     listen: Listen | None = None
     tabulate: Tabulate | None = None
+    align: Align | None = None
 
     def __post_init__(self) -> None:
-        a, feeds = self.architecture, ("preprocess", "tokenise", "listen", "tabulate")
-        kind = "tokenise" if a.words else "listen" if a.samples or a.frames else "tabulate" if a.columns else "preprocess"
+        a, feeds = self.architecture, ("preprocess", "tokenise", "listen", "tabulate", "align")
+        shaped = {"tokenise": a.words, "listen": a.samples or a.frames, "tabulate": a.columns, "align": a.points}
+        kind = next((name for name, size in shaped.items() if size), "preprocess")
         found = [name for name in feeds if getattr(self, name) is not None]
         if found != [kind]:
             raise PlanError(f"{' and '.join(found) or 'nothing'} for inputs, with this architecture", wanted=f"{kind}, and no other", do=AGAIN)
@@ -125,6 +129,9 @@ class Settings:
         if self.tabulate is not None and (len(self.tabulate.numbers), self.tabulate.entries) != (a.numbers, a.categories):
             found = f"{len(self.tabulate.numbers)} numbers and categories of {self.tabulate.entries} entries"
             raise PlanError(found, wanted=f"{a.numbers} and {a.categories}", do=AGAIN)
+        if self.align is not None and (self.align.channels, self.align.length) != (a.channels, a.points):
+            found = f"{self.align.channels} channels of {self.align.length} points"
+            raise PlanError(found, wanted=f"{a.channels} of {a.points}", do=AGAIN)
         if isinstance(self.controller, Stops) != (self.plan.control == "checkpoints"):
             raise PlanError(f"a controller that does not fit control = {self.plan.control!r}", wanted="the sizes of that kind", do=AGAIN)
 
@@ -145,6 +152,7 @@ class Bundle:
     classes: tuple[str, ...] = ()
     certificate: Certificate | None = None  # where a confidence was asked for
     lengths: tuple[int, ...] = ()  # of texts, that graphs are built for, ascending up to the network's own; none: each twice the one before
+    buckets: tuple[int, ...] = ()  # batch sizes that graphs are built for, ascending, where they were chosen from traffic; none: whatever loads it says
     costs: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -164,6 +172,7 @@ def save(bundle: Bundle, folder: File, *, extra: Mapping[str, str] | None = None
         tokenise=Tokens(feed.length, feed.padding, feed.pairs, bundle.lengths) if isinstance(feed, Tokenise) else None,
         listen=feed if isinstance(feed, Listen) else None,
         tabulate=feed if isinstance(feed, Tabulate) else None,
+        align=feed if isinstance(feed, Align) else None,
     )
     served = Served(
         glance=bundle.ladder.glance,
@@ -174,6 +183,7 @@ def save(bundle: Bundle, folder: File, *, extra: Mapping[str, str] | None = None
         dense_gmacs=bundle.dense_gmacs,
         classes=bundle.classes,
         certificate=bundle.certificate,
+        buckets=bundle.buckets,
     )
     parts = (tomli_w.dumps(_plain(asdict(settings))).encode(), _pack(bundle.network), _pack(bundle.controller), _json(asdict(served)))
     contents = dict(zip(CORE, parts, strict=True)) | ({WORDS: feed.tokenizer.encode()} if isinstance(feed, Tokenise) else {})
@@ -206,7 +216,11 @@ def load(folder: File) -> Bundle:
         network=_fill(network, content["model.safetensors"], folder / "model.safetensors"),
         ladder=_ladder(served, settings, network, folder / "ladder.json"),
         controller=_fill(controller, content["controller.safetensors"], folder / "controller.safetensors"),
-        preprocess=settings.preprocess or settings.listen or settings.tabulate or _tokenise(settings, _vouched(folder, WORDS, digests), folder / WORDS),
+        preprocess=settings.preprocess
+        or settings.listen
+        or settings.tabulate
+        or settings.align
+        or _tokenise(settings, _vouched(folder, WORDS, digests), folder / WORDS),
         plan=settings.plan,
         budget=served.budget,
         rungs=served.rungs,
@@ -215,6 +229,7 @@ def load(folder: File) -> Bundle:
         classes=served.classes,
         certificate=served.certificate,
         lengths=() if settings.tokenise is None else settings.tokenise.lengths,
+        buckets=served.buckets,
         costs={file.stem: _table(file, digests) for file in _tables(folder)},
         provenance=provenance,
     )
@@ -299,6 +314,8 @@ def _ladder(served: Served, settings: Settings, network: Network, file: File) ->
     if counts != {rungs} or len(served.classes) not in (0, outputs):
         wanted = f"{rungs} of each, and {outputs} class names or none"
         raise BundleError(f"{file} with {sorted(counts)} entries for the paths and {len(served.classes)} class names", wanted=wanted, do=AGAIN)
+    if served.buckets and (min(served.buckets) < 1 or list(served.buckets) != sorted(set(served.buckets))):
+        raise BundleError(f"{file}: buckets {served.buckets}", wanted="positive batch sizes, ascending", do=AGAIN)
     try:
         ladder = Ladder(served.paths, served.glance)
         network.glance(served.glance)

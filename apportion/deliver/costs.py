@@ -30,11 +30,7 @@ def macs(network: Network, path: Path, length: int) -> int:
         return network.macs(path)
     share = [tokens - a.prefix for tokens in path.tokens]  # what a path states at full length is a share of any other
     fitted = replace(path, tokens=tuple(a.prefix - (-kept * (length - a.prefix) // (a.tokens - a.prefix)) for kept in share))
-    total, before = network.tokeniser.macs(path.patch) * length // a.tokens, length
-    for step in fitted.steps:
-        total += network.blocks[step.block].macs(before, step, a.prefix)  # pyright: ignore[reportCallIssue]
-        before = step.tokens
-    return total + network.head.macs(before, a.prefix)
+    return network.tokeniser.macs(path.patch) * length // a.tokens + network.segment_macs(0, len(fitted.steps), fitted, entering=length)
 
 
 def chosen_lengths(network: Network, seen: Samples, held: Samples, feed: Feed) -> tuple[tuple[int, ...], float]:
@@ -86,8 +82,9 @@ def rung_macs(network: Network, ladder: Ladder, length: int, *, decision: int, c
     """
     paths = [macs(network, path, length) for path in ladder.paths]
     if checkpoints:
-        answer = network.head.macs(length, network.architecture.prefix)
-        return [path + passed * answer for passed, path in enumerate(paths)]
+        a = network.architecture
+        answers = [network.head.macs(length, a.prefix) + network.over_macs(length, path.blocks[-1], a.depth) for path in ladder.paths]
+        return [path + sum(answers[:passed]) for passed, path in enumerate(paths)]
     shared = network.glance(ladder.glance).macs() + decision
     return [path + shared for path in paths]
 

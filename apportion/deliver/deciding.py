@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ from apportion.measure.forecast import forecast
 from apportion.measure.outcomes import Look, measure_outcomes
 from apportion.measure.outcomes import look as look_at
 from apportion.methods.task import said, sureness
-from apportion.network import Network
+from apportion.network import Network, keep_bridges
 from apportion.vocab import Ladder, Outcomes, Plan
 
 Tell = Callable[[str], None]
@@ -110,6 +111,7 @@ def control(
     lost = 100 * (before.quality.double().mean() - placed.quality[:, -1].double().mean()).item()
     first, controller, point = settle(fitted, placed, plan.tolerance - lost, learn=stopping if checkpoints else partial(learned, seed=plan.seed))
     ladder = Ladder(ladder.paths[first:], plan.glance)
+    keep_bridges(network, {(plan.glance, network.architecture.depth), *(run for path in ladder.paths for run in network.bridged(path))})
     tell(f"operating at {point.mean_cost:.3f} of the full path, on {len(ladder.paths)} paths")
     certificate = None
     if plan.confidence > 0:
@@ -126,7 +128,7 @@ def control(
         ladder=ladder,
         controller=controller,
         preprocess=feed,
-        plan=plan,
+        plan=stated(plan, network),
         budget=point.budget if certificate is None else certificate.budget,
         rungs=tuple(Rung(g, a) for g, a in zip(gmacs, accuracy, strict=True)),
         frontier=tuple(frontier(controller, seen, torch.linspace(gmacs[0] / gmacs[-1] + 1e-3, 1.0, 12).tolist())),
@@ -141,6 +143,12 @@ def control(
         },
     )
     return Adapted(bundle, backend=backend, buckets=buckets), seen
+
+
+def stated(plan: Plan, network: Network) -> Plan:
+    """The plan with the runs of blocks for which maps stand, so that a bundle can be built again."""
+    runs = " ".join(f"{first}-{last}" for first, last in network.bridge.runs)
+    return replace(plan, choices=tuple(replace(each, options={**each.options, "runs": runs}) if each.name == "surrogate" else each for each in plan.choices))
 
 
 def served(

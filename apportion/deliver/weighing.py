@@ -6,9 +6,8 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import cycle
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,11 @@ from apportion.deliver.adapted import Adapted
 from apportion.deliver.bundle import Bundle
 from apportion.deliver.costs import Ledger, places
 from apportion.deliver.page import card, page, shares_of
-from apportion.engine import COARSE, Backend, build, cut, never_slower, plain, serving
+from apportion.deliver.ranking import Ranking
+from apportion.engine import build, cut, never_slower, plain, serving
 from apportion.errors import ControlError
 from apportion.intake import Feed, Samples, Tokenise
-from apportion.measure.doctor import Trial, device, fingerprint, rank_backends
+from apportion.measure.doctor import device, fingerprint
 from apportion.measure.judge import METRICS, judge
 from apportion.measure.latency import Timing, interleaved, ratio, realisation_ratio
 from apportion.measure.memory import memory, peak_bytes
@@ -32,8 +32,6 @@ from apportion.vocab import Ladder, Outcomes
 
 Tell = Callable[[str], None]
 ROWS = 128  # at a time, where all samples are answered
-EXACT: tuple[Backend, ...] = tuple(name for name in get_args(Backend) if name not in COARSE)
-"""Back-ends that answer as the modules do; of those that time does not tell apart, the first is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,69 +48,11 @@ class Weighed:
         return {"report.html": render(self.report), "report.json": figures + "\n", "README.md": card(self.adapted, self.report.title, self.figures)}
 
 
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """The back-end to take, and how each did on the full path: batch size -> trials, best first."""
-
-    backend: Backend
-    trials: Mapping[int, Sequence[Trial]]
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON values; milliseconds are medians per input, None for what was not timed."""
-        return {
-            "backend": self.backend,
-            "trials": [
-                {
-                    "batch": batch,
-                    "backend": trial.backend,
-                    "ms": None if trial.timing is None else trial.timing.median_ms / batch,
-                    "distance": trial.distance if trial.distance is not None and math.isfinite(trial.distance) else None,
-                    "build_seconds": trial.build_seconds,
-                    "reason": trial.reason,
-                }
-                for batch, found in self.trials.items()
-                for trial in found
-            ],
-        }
-
-
-def rank(network: Network, inputs: Tensor, *, repeats: int = 20, tell: Tell) -> Ranking:
-    """Every exact back-end on the full path, one input at a time and all of them at once: `rank_backends`, which says what it costs.
-
-    Who is out in one is not tried in the next. The one taken has the smallest product of times over the fastest's; no lead within the noise counts.
-    Raises EngineError where none is left.
-    """
-    whole, trials = network.at(network.space.full), dict[int, list[Trial]]()
-    left: tuple[Backend, ...] = EXACT
-    with serving():
-        for batch in sorted({1, len(inputs)}):
-            tell(f"timing {len(left)} back-ends at batch {batch}")
-            some = inputs[:batch].contiguous()
-            builders = {name: partial(build, whole, (some,), backend=name, name=f"the full path, batch {batch}") for name in left}
-            trials[batch] = rank_backends(builders, whole, (some,), repeats=repeats)
-            for trial in trials[batch]:
-                tell(f"{trial.backend}, batch {batch}: {' '.join(trial.reason.split())}")
-            left = tuple(name for name in left if any(trial.backend == name and not trial.out for trial in trials[batch]))
-    behind = {name: [trial.slower for found in trials.values() for trial in found if trial.backend == name and trial.slower] for name in left}
-    best = min(left, key=lambda name: math.prod(slower.value if slower.low > 1 else 1.0 for slower in behind[name]))
-    tell(f"back-end: {best}")
-    return Ranking(best, trials)
-
-
 def typical(network: Network, samples: Samples, feed: Feed, count: int, chosen: Sequence[int] = ()) -> Tensor:
     """So many inputs; of texts, those padded to the length that most of them are padded to."""
     every, place = places(network, samples, feed, chosen)
     most = int(place.mode().values)
     return group(feed, samples, place == most, every[most], count)[1]
-
-
-def made_up(network: Network, count: int) -> Tensor:
-    """So many random inputs of this network's own size, where there is no data: noise, and words that are no padding."""
-    a, generator = network.architecture, torch.Generator().manual_seed(0)
-    if not a.words:
-        return torch.randn(count, *a.input_shape, generator=generator)
-    drawn = torch.randint(a.words - 1, (count, *a.input_shape), generator=generator)
-    return drawn + (drawn >= a.padding)
 
 
 def weigh(
@@ -167,7 +107,9 @@ def weigh(
         "quartiles_ms": {str(batch): {name: [timing.low_ms, timing.high_ms] for name, timing in found.items()} for batch, found in times.items()},
     }
     chosen = {} if ranking is None else {"backends": ranking.plain()}
+    table |= chosen  # beside the times, so that `load` need not measure it again here
     recorded = replace(bundle, costs={**bundle.costs, fingerprint(): table}, provenance={**bundle.provenance, **chosen})
+    adapted.engine.forget()  # what was measured here is no traffic
     measured = Adapted(recorded, backend=adapted.backend, buckets=adapted.buckets, engine=adapted.engine)
     report = page(measured, samples, seen, choice, dense_quality, times, peaks, figures)
     return Weighed(measured, report, figures)

@@ -57,7 +57,7 @@ def choose(traffic: Mapping[int, float], *, at_most: int, costs: Mapping[int, fl
     Raises EngineError for traffic without a group, numbers that make no sense, and for more sets than can be tried.
     """
     largest = _largest(traffic, at_most)
-    prices = {size: size + CALL_ROWS for size in _offered(largest)} if costs is None else dict(costs)
+    prices = {size: size + CALL_ROWS for size in offered(largest)} if costs is None else dict(costs)
     _check(prices)
     count = min(at_most, len(prices))
     if (sets := math.comb(len(prices), count)) > MOST_SETS:
@@ -119,7 +119,7 @@ def _totals(sets: torch.Tensor, prices: Mapping[int, float], traffic: Mapping[in
     return cover[:, list(traffic)] @ torch.tensor(list(traffic.values()), dtype=torch.float64)
 
 
-def _offered(largest: int) -> list[int]:
+def offered(largest: int) -> list[int]:
     """Sizes an eighth apart or less, up to the largest group."""
     return sorted({size for size in range(1, largest) if size % (1 << max(0, (size - 1).bit_length() - 4)) == 0} | {largest})
 

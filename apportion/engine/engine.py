@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from apportion.engine.compile import build
 from apportion.engine.graph import Backend, serving
-from apportion.engine.route import fill, group, join, take
+from apportion.engine.route import fill, first, group, join, ordered, some, take, whole
 from apportion.engine.table import Build, Table
 from apportion.errors import EngineError
 from apportion.vocab import Answer, Tokens
@@ -60,6 +61,11 @@ class Engine:
         return self._table.wanted
 
     @property
+    def built(self) -> int:
+        """How many of them there are."""
+        return self._table.built
+
+    @property
     def weight_bytes(self) -> int:
         """What its graphs hold of weights beside the modules' own."""
         return self._table.weight_bytes
@@ -68,6 +74,10 @@ class Engine:
     def traffic(self) -> Counter[int]:
         """How often calls, not measurements, brought a group of each size: for `choose`. Calls in several threads at once may lose a count."""
         return self._traffic.copy()
+
+    def forget(self) -> None:
+        """Count traffic anew."""
+        self._traffic.clear()
 
     def warm(self, progress: Callable[[str], None] | None = None) -> int:
         """Build every graph that is not built yet and return how many there are; `progress` hears of each before it is built. Raises EngineError."""
@@ -83,6 +93,12 @@ class Engine:
                 answers |= {tuple(table.add(f"rung {k}", (example,), size, progress).shape[1:]) for k in range(self._rungs)}
         table.same_shape(answers)
         return table.wanted
+
+    def at(self, buckets: Sequence[int]) -> Engine:
+        """The same at other batch sizes: graphs of sizes that stay are taken along, the others are to be built by `warm`. Both count into one traffic."""
+        other = copy.copy(self)
+        other._table = self._table.at(buckets)
+        return other
 
     def __call__(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Answer:
         """Answers for any number of samples, in order. Cost: one wait for the device, and per graph call a copy of its rows.
@@ -111,19 +127,16 @@ class Engine:
         for rung, members in groups:
             if not 0 <= rung < self._rungs:
                 raise EngineError(f"rung {rung} for sample {members[0]}", wanted=f"0 to {self._rungs - 1}", do="Correct the decision.")
-            for piece, real in fill(members, self._table.buckets):
-                rows.append(piece[:real])
-                logits.append(self._table[f"rung {rung}", len(piece)](take(state, piece))[:real])
-        grouped = torch.cat(logits)
-        ordered = torch.empty_like(grouped).index_copy_(0, torch.cat(rows).to(grouped.device), grouped)
-        return Answer(ordered, index, self._gmacs.to(index.device)[index])
+            for piece in fill(members, self._table.buckets, among=len(index)):
+                found = self._table[f"rung {rung}", piece.size](take(state, piece.rows))
+                rows.append(piece.rows if piece.rows is None else first(piece.rows, piece.real))
+                logits.append(first(found, piece.real))
+        return Answer(ordered(logits, rows), index, self._gmacs.to(index.device).index_select(0, index))
 
     def _choose(self, inputs: Tensor, budget: float, cap: float) -> tuple[Tokens, Tensor]:
         self._table.check(inputs)
         limits = self._table.limits(budget, cap)
-        states, indices = [], []
-        for piece, real in fill(range(len(inputs)), self._table.buckets):
-            state, index = self._table["decide", len(piece)](inputs.index_select(0, piece.to(inputs.device)), *limits)
-            states.append(Tokens(state.x[:real], state.size[:real], state.origin[:real], state.prefix))
-            indices.append(index[:real])
-        return join(states), torch.cat(indices)
+        pieces = fill(range(len(inputs)), self._table.buckets, among=len(inputs))
+        states, indices = zip(*(self._table["decide", piece.size](some(inputs, piece.rows), *limits) for piece in pieces), strict=True)
+        real = [piece.real for piece in pieces]
+        return join(states, real), whole(indices, real)

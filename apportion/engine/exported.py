@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path as File
 from tempfile import TemporaryDirectory
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from apportion.engine.graph import Graph, not_whole, serving, unbuilt
 from apportion.errors import EngineError
@@ -43,6 +42,27 @@ class Runtime(Protocol):
         ...
 
 
+def leaves(value: Any) -> Iterator[Any]:
+    """What lies in nested tuples and lists, in order: tensors and constants."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from leaves(part)
+    else:
+        yield value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def refilled(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same tuples and lists with the same constants around other tensors."""
+    if isinstance(value, (tuple, list)):
+        parts = [refilled(part, tensors) for part in value]
+        return type(value)(parts) if type(value) in (tuple, list) else type(value)(*parts)  # a named tuple takes them one by one
+    return next(tensors) if isinstance(value, Tensor) else value
+
+
 def missing(package: str) -> EngineError:
     return EngineError(f"no package {package}", wanted="the extra `export`", do="Run `pip install apportion[export]`, or choose another back-end.")
 
@@ -53,13 +73,10 @@ class Flat(nn.Module):
 
     def __init__(self, module: nn.Module, example: tuple[Any, ...]) -> None:
         super().__init__()
-        leaves, self.takes = pytree.tree_flatten(example)
-        self.module, self.fixed = module, tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        self.module, self.example = module, example
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        given = iter(tensors)
-        leaves = [next(given) if value is None else value for value in self.fixed]
-        return tuple(leaf for leaf in pytree.tree_leaves(self.module(*pytree.tree_unflatten(leaves, self.takes))) if isinstance(leaf, Tensor))
+        return tuple(tensors_of(self.module(*refilled(self.example, iter(tensors)))))
 
 
 def exported(module: nn.Module, example: tuple[Any, ...], *, runtime: Runtime, name: str, cache: File | None) -> Graph:
@@ -76,8 +93,8 @@ def exported(module: nn.Module, example: tuple[Any, ...], *, runtime: Runtime, n
                 _convert(program, file, runtime, name)
             call = runtime.load(file, threads=torch.get_num_threads())
             weight_bytes = sum(part.stat().st_size for part in file.parent.glob(f"{file.stem}.*"))
-        _agree(call(tensors), [leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, Tensor)], name, runtime.agreement)
-    return Graph(_sealed(call, flat, tensors, answer, name), weight_bytes)
+        _agree(call(tensors), tensors_of(answer), name, runtime.agreement)
+    return Graph(_sealed(call, example, answer, name), weight_bytes)
 
 
 def capture(flat: Flat, tensors: tuple[Tensor, ...], name: str) -> ExportedProgram:
@@ -122,7 +139,7 @@ def _unconverted(program: ExportedProgram, why: str, name: str) -> EngineError:
 
 
 def _check(module: nn.Module, example: tuple[Any, ...], name: str) -> tuple[Tensor, ...]:
-    tensors = tuple(leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor))
+    tensors = tensors_of(example)
     for tensor in chain(tensors, module.parameters(), module.buffers()):
         if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
             raise EngineError(f"{name} in {tensor.dtype} on {tensor.device}", wanted="float32 on a CPU", do="Convert it, or choose the back-end `inductor`.")
@@ -142,23 +159,22 @@ def _agree(found: Sequence[Tensor], wanted: Sequence[Tensor], name: str, agreeme
             )
 
 
-def _sealed(call: Run, flat: Flat, tensors: tuple[Tensor, ...], answer: Any, name: str) -> Callable[..., Any]:
-    forms = [(tensor.shape, tensor.dtype) for tensor in tensors]
-    leaves, gives = pytree.tree_flatten(answer)
-    constant = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+def _sealed(call: Run, example: tuple[Any, ...], answer: Any, name: str) -> Callable[..., Any]:
+    """A call costs a small graph as much as some of its layers, so it does no more than it must."""
+    forms, kinds = [_form(leaf) for leaf in leaves(example)], [isinstance(part, tuple) and type(part) for part in example]
 
     def run(*inputs: Any) -> Any:
-        given, takes = pytree.tree_flatten(inputs)
-        rows = [leaf for leaf in given if isinstance(leaf, Tensor)]
-        fixed = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in given)
-        if takes != flat.takes or fixed != flat.fixed or [(row.shape, row.dtype) for row in rows] != forms or torch.is_grad_enabled():
+        given = list(leaves(inputs))
+        known = [isinstance(part, tuple) and type(part) for part in inputs] == kinds
+        if not known or [_form(leaf) for leaf in given] != forms or torch.is_grad_enabled():
             raise unbuilt(name)
-        if any(row.device.type != "cpu" for row in rows):
-            raise unbuilt(name)
-        out = iter(call([row.detach().contiguous() for row in rows]))
-        return pytree.tree_unflatten([next(out) if value is None else value for value in constant], gives)
+        return refilled(answer, iter(call([leaf.detach().contiguous() for leaf in given if isinstance(leaf, Tensor)])))
 
     return run
+
+
+def _form(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype, leaf.device.type) if isinstance(leaf, Tensor) else leaf
 
 
 def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apportion.engine.compile import build
 from apportion.engine.graph import Backend, serving
-from apportion.engine.route import fill
+from apportion.engine.route import fill, some
 from apportion.engine.table import Build, Table
 from apportion.engine.texts import used
 from apportion.errors import EngineError
@@ -93,7 +93,7 @@ class Packs:
     def tokens_run(self, inputs: Tensor) -> int:
         """Tokens that go through the layers for these texts, padding between texts and in the last batch of rows included."""
         rows = pack([text.shape[-1] for text in self._texts(inputs)], length=self.length, slots=self.slots)
-        return self.length * sum(len(piece) for piece, _ in fill(range(len(rows)), self._table.buckets))
+        return self.length * sum(piece.size for piece in fill(range(len(rows)), self._table.buckets, among=len(rows)))
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Answers (b, ...) for any number of texts, in order. Raises EngineError before `warm()`, and for what is no text, too long or of another form."""
@@ -104,8 +104,8 @@ class Packs:
         self._traffic[len(rows)] += 1
         with serving():
             found = [
-                self._table["rows", len(piece)](given.index_select(0, piece.to(given.device)), text.index_select(0, piece.to(text.device)))[:real]
-                for piece, real in fill(range(len(rows)), self._table.buckets)
+                self._table["rows", piece.size](some(given, piece.rows), some(text, piece.rows))[: piece.real]
+                for piece in fill(range(len(rows)), self._table.buckets, among=len(rows))
             ]
             return torch.cat(found).flatten(0, 1).index_select(0, slot.to(inputs.device))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from apportion.engine.compile import build
 from apportion.engine.graph import Backend, serving
-from apportion.engine.route import fill, join, take
+from apportion.engine.route import fill, join, ordered, some, take, whole
 from apportion.engine.table import Build, Table
 from apportion.errors import EngineError
 from apportion.vocab import Answer, Tokens
@@ -56,6 +57,11 @@ class Relay:
         return self._table.wanted
 
     @property
+    def built(self) -> int:
+        """How many of them there are."""
+        return self._table.built
+
+    @property
     def weight_bytes(self) -> int:
         """What its graphs hold of weights beside the modules' own."""
         return self._table.weight_bytes
@@ -64,6 +70,10 @@ class Relay:
     def traffic(self) -> Counter[int]:
         """How often calls, not measurements, brought a group of each size to a station. Calls in several threads at once may lose a count."""
         return self._traffic.copy()
+
+    def forget(self) -> None:
+        """Count traffic anew."""
+        self._traffic.clear()
 
     def warm(self, progress: Callable[[str], None] | None = None) -> int:
         """Build every graph that is not built yet and return how many there are; `progress` hears of each before it is built. Raises EngineError."""
@@ -79,6 +89,12 @@ class Relay:
                 answers.add(tuple(logits.shape[1:]))
         table.same_shape(answers)
         return table.wanted
+
+    def at(self, buckets: Sequence[int]) -> Relay:
+        """The same at other batch sizes: graphs of sizes that stay are taken along, the others are to be built by `warm`. Both count into one traffic."""
+        other = copy.copy(self)
+        other._table = self._table.at(buckets)
+        return other
 
     def __call__(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Answer:
         """Answers for any number of samples, in order. Raises EngineError before `warm()` and for inputs of another shape, dtype or device."""
@@ -115,32 +131,32 @@ class Relay:
     def _run(self, inputs: Tensor, thresholds: Sequence[float]) -> Answer:
         self._table.check(inputs)
         alive, given = torch.arange(len(inputs)), inputs
-        rows, logits, path = [], [], torch.empty(len(inputs), dtype=torch.int64)
+        rows, logits, path = [], [], torch.full((len(inputs),), self._last)
         with serving():
-            for station, limit in enumerate([*thresholds, -math.inf]):
+            for station, limit in enumerate([*thresholds, None]):
                 given, said, sure = self._station(given, station)
-                leaves = sure >= limit
-                rows.append(alive[leaves])
-                logits.append(said[leaves.to(said.device)])
-                path[alive[leaves]] = station
+                leaves = torch.ones_like(sure, dtype=torch.bool) if limit is None else sure >= limit
                 stay = (~leaves).nonzero()[:, 0]
+                if len(stay) < len(leaves):
+                    rows.append(alive[leaves])
+                    logits.append(said if not len(stay) else said[leaves.to(said.device)])
+                    path[rows[-1]] = station
                 if not len(stay):
                     break
-                alive, given = alive[stay], take(given, stay)
-            grouped = torch.cat(logits)
-            ordered = torch.empty_like(grouped).index_copy_(0, torch.cat(rows).to(grouped.device), grouped)
-        path = path.to(ordered.device)
-        return Answer(ordered, path, self._gmacs.to(path.device)[path])
+                if len(stay) < len(leaves):
+                    alive, given = alive[stay], take(given, stay)
+            answers = logits[0] if len(logits) == 1 else ordered(logits, rows)
+        path = path.to(answers.device)
+        return Answer(answers, path, self._gmacs.to(path.device).index_select(0, path))
 
     def _station(self, given: Tensor | Tokens, station: int) -> tuple[Tokens, Tensor, Tensor]:
         """State, answer and, on the host, how sure of it, after one station."""
-        found = []
-        for piece, real in fill(range(len(given if isinstance(given, Tensor) else given.x)), self._table.buckets):
-            state, logits, sure = self._table[f"station {station}", len(piece)](_rows(given, piece))
-            found.append((Tokens(state.x[:real], state.size[:real], state.origin[:real], state.prefix), logits[:real], sure[:real]))
-        states, answers, sure = zip(*found, strict=True)
-        return join(states), torch.cat(answers), torch.cat(sure).cpu()
+        many = len(given if isinstance(given, Tensor) else given.x)
+        pieces = fill(range(many), self._table.buckets, among=many)
+        states, answers, sure = zip(*(self._table[f"station {station}", piece.size](_rows(given, piece.rows)) for piece in pieces), strict=True)
+        real = [piece.real for piece in pieces]
+        return join(states, real), whole(answers, real), whole(sure, real).cpu()
 
 
-def _rows(given: Tensor | Tokens, rows: Tensor) -> Tensor | Tokens:
-    return given.index_select(0, rows.to(given.device)) if isinstance(given, Tensor) else take(given, rows)
+def _rows(given: Tensor | Tokens, rows: Tensor | None) -> Tensor | Tokens:
+    return some(given, rows) if isinstance(given, Tensor) else take(given, rows)

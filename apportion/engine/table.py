@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -25,6 +26,16 @@ def plain(module: nn.Module, example: tuple[Any, ...], /, *, backend: Backend, n
     return Graph(module, 0)
 
 
+def checked(buckets: Sequence[int], backend: Backend) -> tuple[int, ...]:
+    """These batch sizes. Raises EngineError where they are not positive and ascending, or more than the back-end may run at once."""
+    if not buckets or min(buckets) < 1 or list(buckets) != sorted(set(buckets)):
+        raise EngineError(f"buckets {tuple(buckets)}", wanted="positive batch sizes, ascending", do="Use for example (1, 8, 32).")
+    if backend in ALONE and tuple(buckets) != (1,):
+        do = "Pass buckets=(1,): in larger batches an answer would depend on the samples beside it."
+        raise EngineError(f"buckets {tuple(buckets)} for {backend!r}", wanted="one sample at a time", do=do)
+    return tuple(buckets)
+
+
 @final
 class Table:
     """One graph for each module and bucket. `input_shape`, `dtype`: of one sample, without the batch; graphs are built on inputs that are all `fill`,
@@ -46,23 +57,24 @@ class Table:
         make: Build,
     ) -> None:
         check_backend(backend)
-        if not buckets or min(buckets) < 1 or list(buckets) != sorted(set(buckets)):
-            raise EngineError(f"buckets {tuple(buckets)}", wanted="positive batch sizes, ascending", do="Use for example (1, 8, 32).")
-        if backend in ALONE and tuple(buckets) != (1,):
-            do = "Pass buckets=(1,): in larger batches an answer would depend on the samples beside it."
-            raise EngineError(f"buckets {tuple(buckets)} for {backend!r}", wanted="one sample at a time", do=do)
-        self.buckets = tuple(buckets)
+        self.buckets = checked(buckets, backend)
         self.modules, self._make = dict(modules), make
         self._backend: Backend = backend
         self._shape, self._dtype, self._fill, self._padding = tuple(input_shape), dtype, fill, padding
         tensors = chain.from_iterable(part for module in modules.values() for part in (module.parameters(), module.buffers()))
         self._device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         self._graphs: dict[tuple[str, int], Graph] = {}
+        self._last: tuple[tuple[float, float], tuple[Tensor, Tensor]] = (1.0, math.inf), self._limits(1.0, math.inf)
 
     @property
     def wanted(self) -> int:
         """How many graphs there are to build."""
         return len(self.modules) * len(self.buckets)
+
+    @property
+    def built(self) -> int:
+        """How many there are."""
+        return len(self._graphs)
 
     @property
     def weight_bytes(self) -> int:
@@ -72,6 +84,13 @@ class Table:
     @property
     def whole(self) -> bool:
         return len(self._graphs) == self.wanted
+
+    def at(self, buckets: Sequence[int]) -> Table:
+        """The same modules at other batch sizes: graphs of sizes that stay are taken along, the others are still to be built. Raises EngineError."""
+        other = copy.copy(self)
+        other.buckets = checked(buckets, self._backend)
+        other._graphs = {key: graph for key, graph in self._graphs.items() if key[1] in other.buckets}
+        return other
 
     def __getitem__(self, key: tuple[str, int]) -> Graph:
         return self._graphs[key]
@@ -100,7 +119,13 @@ class Table:
         return made
 
     def limits(self, budget: float, cap: float) -> tuple[Tensor, Tensor]:
-        """Budget and cap as graphs take them. Raises EngineError for what is not a number."""
+        """Budget and cap as graphs take them, made once for as long as they stay the same. Raises EngineError for what is not a number."""
+        last = self._last  # read once: another thread may write it
+        if last[0] != (budget, cap):
+            self._last = last = (budget, cap), self._limits(budget, cap)
+        return last[1]
+
+    def _limits(self, budget: float, cap: float) -> tuple[Tensor, Tensor]:
         if math.isnan(budget) or math.isnan(cap):
             raise EngineError(f"budget {budget} with cap {cap}", wanted="two numbers", do="State what may be spent.")
         return torch.tensor(budget, dtype=torch.float32, device=self._device), torch.tensor(cap, dtype=torch.float32, device=self._device)
@@ -109,8 +134,7 @@ class Table:
         """Raises EngineError before all graphs are there, and for inputs of another shape, dtype or device."""
         if not self.whole:
             raise EngineError(f"{len(self._graphs)} of {self.wanted} graphs built", wanted="all of them before the first call", do="Call warm() once.")
-        found = (tuple(inputs.shape[1:]), inputs.dtype, inputs.device)
-        if found != (self._shape, self._dtype, self._device) or not len(inputs):
+        if inputs.shape[1:] != self._shape or inputs.dtype != self._dtype or inputs.device != self._device or not len(inputs):
             raise EngineError(
                 f"inputs of shape {tuple(inputs.shape)}, {inputs.dtype}, on {inputs.device}",
                 wanted=f"(b, {', '.join(map(str, self._shape))}) with b >= 1, {self._dtype}, on {self._device}",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, final
+from typing import Protocol, Self, final
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,14 @@ class Routed(Protocol):
     @property
     def wanted(self) -> int: ...
     @property
+    def built(self) -> int: ...
+    @property
     def traffic(self) -> Counter[int]: ...
     @property
     def weight_bytes(self) -> int: ...
     def warm(self, progress: Callable[[str], None] | None = None) -> int: ...
+    def at(self, buckets: Sequence[int]) -> Self: ...
+    def forget(self) -> None: ...
     def __call__(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Answer: ...
     def forced(self, inputs: Tensor, rung: int) -> Answer: ...
     def decided(self, inputs: Tensor, *, budget: float, cap: float = math.inf) -> Tensor: ...
@@ -51,6 +56,11 @@ class Lengths:
         return sum(engine.wanted for engine in self._engines.values())
 
     @property
+    def built(self) -> int:
+        """How many of them there are."""
+        return sum(engine.built for engine in self._engines.values())
+
+    @property
     def weight_bytes(self) -> int:
         """What all graphs hold of weights beside the modules' own."""
         return sum(engine.weight_bytes for engine in self._engines.values())
@@ -65,11 +75,23 @@ class Lengths:
         """How many texts of each length calls brought: what `choose_lengths` finds lengths for. Calls in several threads at once may lose a count."""
         return self._tokens.copy()
 
+    def forget(self) -> None:
+        """Count traffic and tokens anew."""
+        self._tokens.clear()
+        for engine in self._engines.values():
+            engine.forget()
+
     def warm(self, progress: Callable[[str], None] | None = None) -> int:
         """Build every graph that is not built yet and return how many there are. Raises EngineError."""
         for length, engine in self._engines.items():
             engine.warm(None if progress is None else lambda text, length=length: progress(f"{length} tokens, {text}"))
         return self.wanted
+
+    def at(self, buckets: Sequence[int]) -> Lengths:
+        """The same at other batch sizes, as each of its engines gives it; texts are counted on."""
+        other = copy.copy(self)
+        other._engines = {length: engine.at(buckets) for length, engine in self._engines.items()}
+        return other
 
     def __call__(self, inputs: Tensor, *, budget: float, cap: float | Sequence[float] = math.inf) -> Answer:
         """Answers for any number of texts, in order; `cap` is one for all or one for each length. Raises like an engine, and for a text that is too long."""
@@ -108,6 +130,9 @@ class Lengths:
 
     def _answers(self, inputs: Tensor, call: Callable[[int, Tensor], Answer]) -> Answer:
         found = [(rows, call(length, part)) for length, rows, part in self._parts(inputs)]
+        if len(found) == 1:  # all of one length, a single text among them
+            answer = found[0][1]
+            return answer._replace(logits=as_wide([answer.logits], inputs.shape[-1], leading=1))
         back = torch.cat([rows for rows, _ in found]).argsort()
         logits, path, cost = zip(*(answer for _, answer in found), strict=True)
         return Answer(as_wide(logits, inputs.shape[-1], leading=1)[back], torch.cat(path)[back], torch.cat(cost)[back])
@@ -117,7 +142,11 @@ class Lengths:
         place = self.places(inputs)
         if not len(place):
             raise EngineError("no text", wanted="at least one", do="Give some.")
-        for number, length in enumerate(self._engines):
+        lengths, first = list(self._engines), int(place[0])
+        if len(place) == 1 or bool((place == first).all()):
+            yield lengths[first], torch.arange(len(place)), cut(inputs, lengths[first], self._padding)
+            return
+        for number, length in enumerate(lengths):
             rows = (place == number).nonzero()[:, 0]
             if len(rows):
                 yield length, rows, cut(inputs[rows], length, self._padding)
@@ -141,6 +170,8 @@ def used(inputs: Tensor, padding: int) -> Tensor:
 
 def cut(inputs: Tensor, length: int, padding: int) -> Tensor:
     """The same texts at exactly this length: padded, or cut behind."""
+    if inputs.shape[-1] == length:
+        return inputs
     kept = min(length, inputs.shape[-1])
     made = inputs.new_zeros(*inputs.shape[:-1], length)
     (made if made.ndim == 2 else made[:, 0]).fill_(padding)

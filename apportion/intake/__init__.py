@@ -9,10 +9,12 @@ from apportion.intake.parts import KINDS, Feed, Parts, Samples, matched, reader
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.read import Source, read_model
 from apportion.intake.rows import RowSet, Tabulate, read_rows
+from apportion.intake.series import Align, SeriesSet, read_series
 from apportion.intake.texts import TextSet, Tokenise, read_texts
 
 __all__ = [
     "KINDS",
+    "Align",
     "AudioSet",
     "Feed",
     "ImageSet",
@@ -22,6 +24,7 @@ __all__ = [
     "Preprocess",
     "RowSet",
     "Samples",
+    "SeriesSet",
     "Source",
     "Tabulate",
     "TextSet",
@@ -32,6 +35,7 @@ __all__ = [
     "read_images",
     "read_model",
     "read_rows",
+    "read_series",
     "read_texts",
     "reader",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import DataError
-from apportion.intake.folders import Listing, OnSkip, Split, listed, spread, usable
+from apportion.intake.folders import Listing, OnSkip, Split, listed, one_class, several_fit, spread, usable
 
 FORMATS = (".wav", ".flac", ".ogg")
 SHORTEST_S, LONGEST_S = 0.025, 300.0  # one frame of a spectrogram; no more than the latter is ever read of one file
@@ -28,7 +28,7 @@ class AudioSet:
     """Recordings and their labels. A file is decoded when a batch asks for it."""
 
     files: tuple[File, ...]
-    labels: Tensor | None  # (n,) int64
+    labels: Tensor | None  # (n,) int64; several, or numbers, (n, outputs) float
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()  # file, why
 
@@ -46,7 +46,7 @@ class AudioSet:
 
     def split(self, holdout: float, *, seed: int = 0) -> tuple[AudioSet, AudioSet]:
         """(rest, held out): `holdout` of the recordings, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
-        held = spread(self.labels, torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)), holdout)
+        held = spread(one_class(self.labels), torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)), holdout)
         if held.all() or not held.any():
             found = f"{len(self)} recordings, of which {holdout:g} shall be held out"
             raise DataError(found, wanted="at least one recording on either side", do="Give more data or another share.")
@@ -54,6 +54,8 @@ class AudioSet:
 
     def check(self, outputs: int) -> None:
         """Raises DataError, naming the first file whose label a network with so many outputs cannot give."""
+        if self.labels is not None and self.labels.is_floating_point():
+            return several_fit(self.labels, outputs, "recording")
         bad = [] if self.labels is None else ((self.labels < 0) | (self.labels >= outputs)).nonzero().flatten().tolist()
         if bad:
             assert self.labels is not None
@@ -91,8 +93,8 @@ def read_audio_set(source: str | File, *, split: Split = "all", limit: int | Non
     if not path.exists():
         raise DataError(f"no recording at {path}", wanted="a folder of recordings, or one", do="Correct the path.")
     if path.is_file():
-        return _made(usable(path, Listing((path,)), _fault, "recording", on_skip))
-    return _made(usable(path, listed(path, split, limit, "recording"), _fault, "recording", on_skip))
+        return _made(usable(path, Listing((path,)), fault, "recording", on_skip))
+    return _made(usable(path, listed(path, split, limit, "recording"), fault, "recording", on_skip))
 
 
 def _made(found: Listing) -> AudioSet:
@@ -128,7 +130,7 @@ def heard(seconds: float, rate: int) -> int:
     return math.ceil(seconds * rate) + LOOK_AHEAD
 
 
-def _fault(file: File) -> str:
+def fault(file: File) -> str:
     """Why a file cannot be used; empty where it can."""
     try:
         with file.open("rb") as handle:

@@ -58,6 +58,9 @@ def dense_model(network: Network, like: nn.Module, path: Path | None = None) -> 
         raise _refusal(f"{type(like).__name__} with {name} {theirs[name]}", f"{ours[name]}, as in the network", "Pass the model that was read.")
     if any(tokens != a.tokens for tokens in path.tokens):
         raise _refusal(f"path {path.name}, which takes tokens away", "all tokens: no class of the source does that", "Take another path.")
+    if bridged := network.bridged(path):
+        found = f"path {path.name}, in which a fitted map stands for blocks {', '.join(f'{first} to {last - 1}' for first, last in bridged)}"
+        raise _refusal(found, "a path without: no class of the source has such a map", "Take another path, or export without the bridge.")
     weights = _plain(network)
     spans, places = _places(like, read)
     stem = _stem(spans, places, a)
@@ -107,7 +110,8 @@ def _source(like: nn.Module, ours: Architecture) -> tuple[Architecture, Callable
 
 def _plain(network: Network) -> dict[str, Tensor]:
     """The weights under the names of a dense network: a method that wraps a part adds nothing of its own."""
-    found = {name.replace(".part.", "."): value.detach().float().cpu() for name, value in network.state_dict().items()}
+    named = {name: value for name, value in network.state_dict().items() if not name.startswith("bridge.")}
+    found = {name.replace(".part.", "."): value.detach().float().cpu() for name, value in named.items()}
     with torch.device("meta"):
         wanted = {name: value.shape for name, value in Network(network.architecture).state_dict().items()}
     if odd := sorted(name for name in found.keys() | wanted.keys() if name not in found or name not in wanted or found[name].shape != wanted[name]):

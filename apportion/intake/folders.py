@@ -27,7 +27,7 @@ class Listing:
     """Files, the label of each, the names of the labels, and what was left out."""
 
     files: tuple[File, ...]
-    labels: Tensor | None = None  # (n,) int64
+    labels: Tensor | None = None  # (n,) int64; several, or numbers, (n, outputs) float
     classes: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()  # file, why
 
@@ -63,6 +63,13 @@ def spread(labels: Tensor | None, order: Tensor, share: float) -> Tensor:
 def one_class(labels: Tensor | None) -> Tensor | None:
     """Labels by which samples can be spread evenly: one for each."""
     return labels if labels is not None and labels.ndim == 1 else None
+
+
+def several_fit(labels: Tensor, outputs: int, what: str) -> None:
+    """Raises DataError for several labels or numbers (n, outputs) that a network with so many outputs cannot give."""
+    if labels.shape[1] != outputs:
+        found = f"{labels.shape[1]} labels or numbers for a {what}"
+        raise DataError(found, wanted=f"{outputs}, the network's outputs", do="Give the labels that the model was taught with.")
 
 
 def listed(root: File, split: Split, limit: int | None, what: str) -> Listing:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path as File
 
 from apportion.errors import DataError, PlanError
-from apportion.intake import audio, labels, parquet
+from apportion.intake import audio, labels
+from apportion.intake.labelled import tables as told
 from apportion.intake.listen import Listen
 from apportion.intake.parts import KINDS, Feed, Samples
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.rows import RowSet, Tabulate
-from apportion.intake.texts import SUFFIXES, TextSet, Tokenise
+from apportion.intake.series import Align, SeriesSet, holds_series
+from apportion.intake.shards import columns_of, ending
+from apportion.intake.texts import TextSet, Tokenise
 from apportion.intake.vocabulary import entries, learned
 from apportion.network import Architecture
 from apportion.vocab import Task
@@ -25,7 +26,10 @@ SHAPES: dict[type, Architecture] = {
     Tokenise: Architecture(0, 0, dim=128, depth=6, heads=4, hidden=512, classes=1, words=1, length=128, positions=128, class_token=False, pool="mean"),
     Listen: Architecture(0, 0, dim=96, depth=6, heads=3, hidden=384, classes=1, frames=100, bands=40, class_token=False, pool="mean"),
     Tabulate: Architecture(0, 0, dim=64, depth=4, heads=4, hidden=128, classes=1, numbers=1),
+    Align: Architecture(0, 0, dim=64, depth=6, heads=4, hidden=128, classes=1, class_token=False, pool="mean"),
 }
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+PATCHES = 64  # that a series is cut into at most, where the shape does not say how long they are
 HZ = 16000  # of sound of which nothing is said
 
 
@@ -33,23 +37,29 @@ def kind_of(data: str | File, columns: Mapping[str, str] | None = None) -> type[
     """How data are to be fed.
 
     Tables, and folders without folders in them that hold some, are texts if they have a column "text" (or what `columns` calls so), and else rows of numbers
-    and categories. Other folders are recordings or images by the endings of their files; `digits` and .npz files are images. Raises DataError where nothing
-    is there, where `columns` names a column of texts that is not, and for rows in .parquet files.
+    and categories. Files of series, and folders with such for train or test, are series (`archive.is_series`). Other folders, and those with a table of
+    labels (`labelled.tables`), are recordings or images by the endings of their files; `digits` and other .npz files are images. Raises DataError where
+    nothing is there, and where `columns` names a column of texts that is not.
     """
     source, named = File(data), dict(columns or {})
+    if told(source, named.get("file", "file")):
+        return _of_files(source)
+    if not named and holds_series(source):
+        return Align
     if str(data) == "digits" or source.suffix == ".npz":
         return Preprocess
     if not source.exists():
         raise DataError(f"no file or folder {source}", wanted="a table, an .npz file, a folder, or `digits`", do="Correct the path.")
     inside = [source] if source.is_file() else sorted(source.iterdir())
-    tables = [file for file in inside if file.is_file() and file.name.removesuffix(".gz").endswith(SUFFIXES)]
-    if not tables or any(child.is_dir() for child in inside):
+    tables = [file for file in inside if file.is_file() and ending(file)]
+    media = [file for file in inside if file.suffix.lower() in (*audio.FORMATS, *PICTURES)]
+    if not tables or len(media) > len(tables) or any(child.is_dir() for child in inside):
         return _of_files(source)
-    if _has(tables[0], named.get("text", "text")):
+    if named.get("text", "text") in (columns_here := columns_of(tables[0])):
         return Tokenise
-    if "text" in named or tables[0].name.endswith(".parquet"):
-        do = "Say what the texts' column is called, --columns text=NAME; rows of numbers and categories are read from .csv, .tsv and .jsonl."
-        raise DataError(f"{tables[0]} without a column {named.get('text', 'text')!r}", wanted="a column of texts", do=do)
+    if "text" in named:
+        found = f"{tables[0]} without a column {named['text']!r}, its columns being {', '.join(columns_here) or 'none'}"
+        raise DataError(found, wanted="a column of texts", do="Say what the texts' column is called, --columns text=NAME.")
     return Tabulate
 
 
@@ -64,7 +74,7 @@ def kind_called(name: str) -> type[Feed]:
 def blank(kind: type[Feed], shape: Architecture | None, length: int | None) -> Feed | type[Feed]:
     """The feed of this kind for a network of this shape; the kind itself, where only samples can tell."""
     a = shape or SHAPES[kind]
-    if length is not None and kind not in (Tokenise, Listen):
+    if length is not None and kind not in (Tokenise, Listen, Align):
         raise PlanError(f"a length of {length} for {KINDS[kind][1]}", wanted="none", do="Leave it out.")
     if kind is Preprocess:
         return Preprocess(a.image_size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -85,7 +95,7 @@ def fitted(
     kind = feed if isinstance(feed, type) else type(feed)
     a, what = shape or SHAPES[kind], KINDS[kind][1]
     if samples.labels is None or task == "embedding":
-        do = "Put the files of each class into a folder of their own; of a table name the column, --columns label=NAME, and text=NAME if it holds texts."
+        do = "Put the files of each class into a folder of their own, or a labels.csv beside them; of a table name the columns: --columns label=NAME,text=NAME."
         raise DataError(f"{what} without labels, or a task without", wanted="a class for each, or what else is to be learned", do=do)
     a = replace(
         a,
@@ -95,35 +105,21 @@ def fitted(
         pool="every_token" if task in ("token_classification", "segmentation") else a.pool,
     )
     if isinstance(feed, type):
-        assert isinstance(samples, TextSet | RowSet)  # other kinds need no samples
-        feed = learned(samples.texts, length=length or a.length, size=vocabulary) if isinstance(samples, TextSet) else Tabulate.learned(samples.cells)
+        assert isinstance(samples, TextSet | RowSet | SeriesSet)  # other kinds need no samples
+        if isinstance(samples, TextSet):
+            feed = learned(samples.texts, length=length or a.length, size=vocabulary)
+        else:
+            feed = Tabulate.learned(samples.cells) if isinstance(samples, RowSet) else Align.learned(samples.values, length=length or a.points or None)
     if isinstance(feed, Tokenise):
         kinds = max(a.token_types, 2) if feed.pairs else a.token_types
         n = feed.length
         return feed, replace(a, words=entries(feed), padding=feed.padding, length=n, positions=n if a.positions else 0, token_types=kinds)
     if isinstance(feed, Tabulate):
         return feed, replace(a, numbers=len(feed.numbers), categories=feed.entries)
+    if isinstance(feed, Align):
+        stride = a.stride or math.ceil(feed.length / PATCHES)
+        return feed, replace(a, points=feed.length, channels=feed.channels, stride=stride, patch=a.patch or min(2 * stride, feed.length))
     return feed, replace(a, frames=feed.length) if isinstance(feed, Listen) and a.frames else a
-
-
-def _has(table: File, column: str) -> bool:
-    """Whether a table has this column; of .jsonl the first row tells. Raises DataError where it cannot be read."""
-    plain = table.name.removesuffix(".gz")
-    if plain.endswith(".parquet"):
-        try:
-            next(parquet.entries(table, [column], column), None)
-        except DataError as error:
-            if f"a column {column!r}" == error.wanted:
-                return False
-            raise
-        return True
-    try:
-        with (gzip.open if table.name.endswith(".gz") else open)(table, "rt", encoding="utf-8-sig", newline="") as lines:
-            if plain.endswith(".jsonl"):
-                return column in json.loads(next((line for line in lines if line.strip()), "{}"))
-            return column in next(csv.reader(lines, delimiter="\t" if plain.endswith(".tsv") else ","), [])
-    except (OSError, EOFError, ValueError, csv.Error) as error:
-        raise DataError(f"{table}: {error}", wanted="a table in UTF-8", do="Convert it.") from error
 
 
 def _of_files(source: File) -> type[Feed]:

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from apportion.errors import DataError
-from apportion.intake.folders import Listing, OnSkip, Split, cut, listed, one_class, spread, usable
+from apportion.intake.folders import Listing, OnSkip, Split, cut, listed, one_class, several_fit, spread, usable
 from apportion.intake.preprocess import Preprocess
 from apportion.methods.task import UNKNOWN
 
@@ -28,7 +28,7 @@ class ImageSet:
     """Pictures and their labels. Arrays are kept as they are, files are decoded when a batch asks for them."""
 
     images: np.ndarray | tuple[File, ...]  # uint8 (n, rows, columns, 3), or files
-    labels: Tensor | None  # (n,) int64; of every pixel (n, size, size) int16
+    labels: Tensor | None  # (n,) int64; of every pixel (n, size, size) int16; several, or numbers, (n, outputs) float
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()  # file, why
 
@@ -59,6 +59,8 @@ class ImageSet:
         """Raises DataError, naming the first row whose label a network with so many outputs cannot give."""
         if self.labels is None or not len(self):
             return
+        if self.labels.is_floating_point():
+            return several_fit(self.labels, outputs, "picture")
         labels = self.labels.flatten(1) if self.labels.ndim > 1 else self.labels[:, None]
         bad = (((labels < 0) & (labels != UNKNOWN)) | (labels >= outputs)).any(1).nonzero().flatten()
         if len(bad):
@@ -76,7 +78,8 @@ class ImageSet:
         order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         for rows in order.split(batch):
             part = self.images[rows.numpy()] if isinstance(self.images, np.ndarray) else [decode(self.images[i]) for i in rows.tolist()]
-            yield preprocess(part), None if self.labels is None else self.labels[rows].long()  # masks are held in short
+            labels = None if self.labels is None else self.labels[rows]
+            yield preprocess(part), labels.long() if labels is not None and labels.dtype == torch.int16 else labels  # masks are held in short
 
     def sizes(self, preprocess: Preprocess) -> None:
         """All are of one size."""

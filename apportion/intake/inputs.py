@@ -1,4 +1,4 @@
-"""What a user hands over to be answered: pictures or recordings among files and folders, texts, in tables or as they stand, or rows of tables."""
+"""What a user hands over to be answered: pictures or recordings among files and folders, texts, in tables or as they stand, rows of tables, or series."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from apportion.intake.images import decode
 from apportion.intake.listen import Listen
 from apportion.intake.parts import Feed
 from apportion.intake.rows import Tabulate, read_rows
-from apportion.intake.texts import SUFFIXES, Text, Tokenise, read_texts
+from apportion.intake.series import Align, read_series
+from apportion.intake.shards import SUFFIXES
+from apportion.intake.texts import Text, Tokenise, read_texts
 
 NO_COLUMN = "\0"  # what is asked is not what is known: labels in the table are left alone
 
 
 def opened(inputs: Sequence[str | File], feed: Feed, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Any, str]]:
-    """(name, picture, text, recording or row, "") for each input, and (name, None, why) for one that cannot be used. Raises DataError where nothing is there.
+    """(name, what it holds, "") for each input, and (name, None, why) for one that cannot be used. Raises DataError where nothing is there.
 
     For a model that reads texts, an input that is a file (or is called like a table) is read as one, any other is a text itself.
     """
@@ -26,6 +28,8 @@ def opened(inputs: Sequence[str | File], feed: Feed, columns: Mapping[str, str] 
         return _texts(inputs, feed, columns or {})
     if isinstance(feed, Tabulate):
         return _table(inputs, feed)
+    if isinstance(feed, Align):
+        return _series(inputs, feed)
     if isinstance(feed, Listen):
         return _decoded(inputs, "recordings", lambda file: audio.decode(file, seconds=feed.seconds))
     return _decoded(inputs, "pictures", decode)
@@ -74,6 +78,18 @@ def _table(inputs: Sequence[str | File], tabulate: Tabulate) -> Iterator[tuple[s
             try:
                 tabulate([cells], where=[where])
                 yield where, cells, ""
+            except DataError as error:
+                yield where, None, error.found.removeprefix(f"{where}: ")
+        yield from ((where, None, why) for where, why in found.skipped)
+
+
+def _series(inputs: Sequence[str | File], align: Align) -> Iterator[tuple[str, Any, str]]:
+    """Series of files, each by file and row; labels in them are left alone."""
+    for found in (read_series(entry, labelled=False) for entry in inputs):
+        for where, values in zip(found.where, found.values, strict=True):
+            try:
+                align([values], where=[where])
+                yield where, values, ""
             except DataError as error:
                 yield where, None, error.found.removeprefix(f"{where}: ")
         yield from ((where, None, why) for where, why in found.skipped)

@@ -20,7 +20,7 @@ APART = "|"  # what stands between several labels in one cell
 
 def parsed(value: Any, task: Task, words: int = 0) -> tuple[Any, str]:
     """A cell as labels of this task, and what is wrong with it ("" where nothing is): one name or number; a list or a|b of names; a number or a list of them;
-    a list of names, or names with spaces between them, one for each of the text's `words`."""
+    several numbers also as 1.5|2; a list of names, or names with spaces between them, one for each of the text's `words`."""
     value = _plain(value)
     if value is None or (value == "" and task != "multilabel"):
         return None, "no label"
@@ -76,7 +76,7 @@ def _plain(value: Any) -> Any:
 
 
 def _numbers(value: Any) -> tuple[Any, str]:
-    several = list(value) if isinstance(value, list | tuple) else [value]
+    several = list(value) if isinstance(value, list | tuple) else value.split(APART) if isinstance(value, str) else [value]
     try:
         found = [float(one) for one in several]
     except (TypeError, ValueError):

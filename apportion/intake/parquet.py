@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path as File
 from typing import Any
 
@@ -16,6 +17,26 @@ def entries(file: File, columns: Sequence[str], label: str) -> Iterator[tuple[in
 
     Raises DataError for a file that is torn or no parquet, and for a column that is missing; PlanError without the package pyarrow.
     """
+    with _table(file) as table:
+        known = table.schema_arrow.names
+        if missing := [name for name in columns if name not in known]:
+            raise DataError(f"{file} with columns {', '.join(known)}", wanted=f"a column {missing[0]!r}", do="Name the columns.")
+        wanted, row = [name for name in dict.fromkeys((*columns, label)) if name in known], 0
+        for batch in table.iter_batches(ROWS, columns=wanted, use_threads=False):
+            for values in batch.to_pylist():
+                yield row, values
+                row += 1
+
+
+def names(file: File) -> list[str]:
+    """Of the columns. Raises as `entries` does."""
+    with _table(file) as table:
+        return list(table.schema_arrow.names)
+
+
+@contextmanager
+def _table(file: File) -> Iterator[Any]:
+    """The open file; whatever goes wrong with its content is told as an error of ours."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -23,13 +44,6 @@ def entries(file: File, columns: Sequence[str], label: str) -> Iterator[tuple[in
         raise PlanError(f"{file}, but no pyarrow here ({error})", wanted="the package", do="Install the extra: pip install 'apportion[text]'.") from error
     try:
         with parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            if missing := [name for name in columns if name not in names]:
-                raise DataError(f"{file} with columns {', '.join(names)}", wanted=f"a column {missing[0]!r}", do="Name the columns.")
-            wanted, row = [name for name in (*columns, label) if name in names], 0
-            for batch in table.iter_batches(ROWS, columns=wanted, use_threads=False):
-                for values in batch.to_pylist():
-                    yield row, values
-                    row += 1
+            yield table
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: {' '.join(str(error).split())[:200]}", wanted="a whole .parquet file, its texts in UTF-8", do="Write it again.") from error

@@ -11,28 +11,34 @@ from typing import Any, Literal, Protocol, Self
 from torch import Tensor
 
 from apportion.errors import DataError, PlanError
+from apportion.intake import audio, images
 from apportion.intake.audio import AudioSet, read_audio_set
 from apportion.intake.images import ImageSet, read_images
+from apportion.intake.labelled import LAYOUT, NAME, check_column, read_labelled, tables
 from apportion.intake.listen import Listen
 from apportion.intake.masks import read_masked
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.read import Source
 from apportion.intake.rows import RowSet, Tabulate, read_rows
+from apportion.intake.series import Align, SeriesSet, read_series
 from apportion.intake.texts import TextSet, Tokenise, read_texts
 from apportion.vocab import Task
 
 CONTROL_ROWS = 4000  # samples that control learns from and is placed on, where all are free for it
-Feed = Preprocess | Tokenise | Listen | Tabulate
+FEWEST = 40  # samples from which anything is learned to decide
+Feed = Preprocess | Tokenise | Listen | Tabulate | Align
 KINDS: dict[type, tuple[type, str]] = {
     Preprocess: (ImageSet, "images"),
     Tokenise: (TextSet, "texts"),
     Listen: (AudioSet, "recordings"),
     Tabulate: (RowSet, "rows"),
+    Align: (SeriesSet, "series"),
 }
+MEDIA = (Preprocess, Listen)  # a file for each sample
 
 
 class Samples(Protocol):
-    """What the way from a model to a bundle asks of data: an ImageSet, a TextSet, an AudioSet or a RowSet. `feed` is what makes inputs of its samples."""
+    """What the way from a model to a bundle asks of data: an ImageSet, a TextSet, an AudioSet, a RowSet or a SeriesSet. `feed` makes inputs of its samples."""
 
     @property
     def labels(self) -> Tensor | None: ...
@@ -55,7 +61,7 @@ class Reader(Protocol):
 def reader(feed: Feed | type[Feed], classes: Sequence[str] | None, columns: Mapping[str, str] | None = None, *, task: Task = "classification") -> Reader:
     """What reads data for a model that is fed so, or by this kind of feed, and has this task. Raises PlanError.
 
-    `columns`: what "text", "pair" and "label" are called in tables.
+    `columns`: what "text", "pair" and "label" are called in tables, and "file" in those of labels of pictures and recordings.
     """
     kind, named = feed if isinstance(feed, type) else type(feed), dict(columns or {})
     if kind is Tabulate:
@@ -64,17 +70,61 @@ def reader(feed: Feed | type[Feed], classes: Sequence[str] | None, columns: Mapp
             raise PlanError(found, wanted=wanted, do="Correct them.")
         return partial(read_rows, classes=classes, label=named.get("label", "label"), task=task)
     if kind is not Tokenise:
-        if named:
-            raise PlanError(f"columns for a model of {KINDS[kind][1]}", wanted="none", do="Leave them out.")
+        if named.keys() - ({"file", "label"} if kind in MEDIA else set()):
+            wanted = f"file and label, of {NAME}.csv beside the files" if kind in MEDIA else "none"
+            raise PlanError(f"columns for a model of {KINDS[kind][1]}: {', '.join(named)}", wanted=wanted, do="Leave them out.")
+        if kind is Align and task in ("classification", "regression"):
+            return partial(read_series, classes=classes, task=task)
         if task == "segmentation" and isinstance(feed, Preprocess):
             return partial(read_masked, feed=feed)
-        if task not in ("classification", "embedding"):
-            wanted = "one class for each, or an embedding"
-            raise PlanError(f"{task} of {KINDS[kind][1]}", wanted=wanted, do="Folders hold one label for a file: others are read of texts.")
-        return read_images if kind is Preprocess else read_audio_set
+        if kind not in MEDIA or task not in ("classification", "embedding", "multilabel", "regression"):
+            wanted = "a class or a number for each" if kind is Align else "a class for each, several, numbers, or an embedding"
+            raise PlanError(f"{task} of {KINDS[kind][1]}", wanted=wanted, do="Name another task.")
+        return partial(read_media, kind=kind, classes=classes, columns=named, task=task)
     if unknown := named.keys() - {"text", "pair", "label"}:
         raise PlanError(f"a column for {min(unknown)!r}", wanted="text, pair or label", do="Correct it.")
     return partial(read_texts, classes=classes, text=named.get("text", "text"), pair=named.get("pair"), label=named.get("label", "label"), task=task)
+
+
+def read_media(
+    source: str | File,
+    *,
+    kind: type,
+    split: Literal["train", "test", "all"],
+    classes: Sequence[str] | None,
+    columns: Mapping[str, str],
+    task: Task,
+    limit: int | None = None,
+    on_skip: Callable[[str, str], None] | None = None,
+) -> ImageSet | AudioSet:
+    """Pictures or recordings: by the table of labels beside them (`labelled`) where there is one, else by folders, which tell one class for each.
+
+    Raises DataError where several labels or numbers are wanted, or a column is named, and no such table is there.
+    """
+    pictures, file = kind is Preprocess, columns.get("file", "file")
+    if not tables(File(source), file):
+        if columns or task not in ("classification", "embedding") or not _has_folders(File(source)):
+            check_column(File(source), file)
+        if columns or task not in ("classification", "embedding"):
+            raise DataError(f"{source} without a table of labels that has a column {file!r}, for {task}", wanted=LAYOUT, do="Write one, or correct its name.")
+        return (read_images if pictures else read_audio_set)(source, split=split, limit=limit, on_skip=on_skip)
+    found, names = read_labelled(
+        source,
+        fault=images.fault if pictures else audio.fault,
+        what=KINDS[kind][1].removesuffix("s"),
+        split=split,
+        file=file,
+        label=columns.get("label", "label"),
+        classes=classes,
+        limit=limit,
+        on_skip=on_skip,
+        task=task,
+    )
+    return (ImageSet if pictures else AudioSet)(found.files, found.labels, names, found.skipped)
+
+
+def _has_folders(source: File) -> bool:
+    return source.is_dir() and any(child.is_dir() for child in source.iterdir())
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +150,15 @@ class Parts:
     ) -> Parts:
         """The test samples are for the report; of the others a fifth is held out for control, or where nothing is taught all, as far as CONTROL_ROWS goes.
 
-        Of what is held out half certifies where that is asked for.
+        Of what is held out half certifies where that is asked for. Where a fifth is less than FEWEST for each purpose, more is held out, up to a half.
         """
 
         def skip(where: str, why: str) -> None:
             tell(f"left out {where}: {why}")
 
         if teach:
-            taught, held = read(data, split="train", on_skip=skip).split(0.2, seed=seed)
+            every = read(data, split="train", on_skip=skip)
+            taught, held = every.split(min(0.5, max(0.2, (4 if certify else 2) * (FEWEST + 1) / len(every))), seed=seed)
         else:
             taught, held = None, read(data, split="train", limit=CONTROL_ROWS, on_skip=skip)
         held, kept = held.split(0.5, seed=seed + 1) if certify else (held, None)

@@ -22,6 +22,7 @@ from apportion.intake.hf_families import Pooling
 from apportion.intake.listen import Listen
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.rows import Tabulate
+from apportion.intake.series import Align
 from apportion.intake.texts import Tokenise
 from apportion.intake.verify import Verified, verify
 from apportion.network import Network
@@ -35,7 +36,7 @@ class Source:
     """What came in: the network, how to feed it, and where it is from."""
 
     network: Network
-    feed: Preprocess | Tokenise | Listen | Tabulate | None  # None for a text model that brought no tokenizer
+    feed: Preprocess | Tokenise | Listen | Tabulate | Align | None  # None for a text model that brought no tokenizer
     classes: tuple[str, ...] | None
     verified: Verified | None  # None for a network of our own: there is nothing to compare with
     provenance: dict[str, str | int | bool | None]
@@ -48,7 +49,7 @@ class Source:
         return self.feed
 
     @property
-    def fed(self) -> Preprocess | Tokenise | Listen | Tabulate:
+    def fed(self) -> Preprocess | Tokenise | Listen | Tabulate | Align:
         """How samples are made into inputs. Raises PlanError where the model brought nothing that says so."""
         return self.tokenise if self.feed is None else self.feed
 
@@ -68,7 +69,7 @@ def read_model(
     num_classes: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
-    preprocess: Preprocess | Tokenise | Listen | Tabulate | None = None,
+    preprocess: Preprocess | Tokenise | Listen | Tabulate | Align | None = None,
     example: Tensor | None = None,
     length: int | None = None,
     pooling: Pooling | None = None,
@@ -108,7 +109,7 @@ def _read(
     num_classes: int | None,
     image_size: int | None,
     seed: int,
-    preprocess: Preprocess | Tokenise | Listen | Tabulate | None,
+    preprocess: Preprocess | Tokenise | Listen | Tabulate | Align | None,
     example: Tensor | None,
     length: int | None,
     pooling: Pooling | None,
@@ -171,7 +172,7 @@ def _of_transformers(model: str | File | nn.Module) -> bool:
 
 def _transformers(
     model: str | File | nn.Module,
-    feed: Preprocess | Tokenise | Listen | Tabulate | None,
+    feed: Preprocess | Tokenise | Listen | Tabulate | Align | None,
     example: Tensor | None,
     length: int | None,
     pooling: Pooling | None,

@@ -1,4 +1,4 @@
-"""Tables with numbers and categories in their columns, from .csv, .tsv or .jsonl files (also .gz); what cannot be used is named, never dropped in silence."""
+"""Tables with numbers and categories in their columns, from .csv, .tsv, .jsonl (also .gz) or .parquet files; what cannot be used is named, and told."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from apportion.errors import DataError, PlanError
+from apportion.intake import parquet
 from apportion.intake.folders import OnSkip, Split, cut, one_class, spread
 from apportion.intake.labels import numbered, parsed
-from apportion.intake.texts import SPLITS, SUFFIXES
+from apportion.intake.shards import columns_of, ending, pieces
 from apportion.vocab import Task
 
 NOTHING = frozenset({"", "na", "n/a", "nan", "null", "none"})  # in lower case: a cell that says that it is empty
@@ -163,18 +164,14 @@ def read_rows(
     on_skip: OnSkip | None = None,
     task: Task = "classification",
 ) -> RowSet:
-    """Read a file, or a folder with train and test (or dev, val, validation) files. Labels by `task`, as `read_texts` has them; no labels without the column.
+    """Read a file, or a folder with train and test (or dev, val, validation) files, or with pieces of one (`shards.pieces`).
 
-    Where the data brings no split of its own, every fifth row of each class is `test`. Rows with too few or too many cells, and those without a label, are in
-    `skipped`, by file and line, and told to `on_skip`. Raises DataError: nothing there, more than half of the rows bad, labels of two kinds.
+    Labels by `task`, as `read_texts` has them; none without the column. Where the data brings no split of its own, every fifth row of each class is `test`.
+    Rows with too few or too many cells, with lists in them, and those without a label, are in `skipped`, by file and line (rows of .parquet count from 0), and
+    told to `on_skip`. Raises DataError: nothing there, more than half of the rows bad, labels of two kinds; PlanError for .parquet without pyarrow.
     """
-    own = File(source).is_dir()
-    files = {kind: _named(File(source), kind) for kind in SPLITS} if own else {"all": [File(source)]}
-    chosen = [file for part in (files.values() if split == "all" or not own else [files[split]]) for file in part]
-    if not chosen:
-        wanted = f"train and test files ending in {', '.join(SUFFIXES)}"
-        raise DataError(f"{source} without files for split {split!r}", wanted=wanted, do="Correct the path or the names.")
-    table = {file: list(_rows(file, label, task)) for part in files.values() for file in part}
+    chosen, every, own = pieces(File(source), split)
+    table = {file: list(rows_of(file, label, task)) for file in every}
     rows, known = [row for file in chosen for row in table[file]], [row for part in table.values() for row in part]
     good, bad = [row for row in rows if not row[3]], tuple((row[0], row[3]) for row in rows if row[3])
     if 2 * len(bad) > len(rows) or not good:
@@ -187,31 +184,27 @@ def read_rows(
     return cut(RowSet(tuple(row[1] for row in good), numbers, names, bad, tuple(row[0] for row in good)), "all" if own else split, limit, "row")
 
 
-def _named(folder: File, kind: str) -> list[File]:
-    """The first of a split's names that is there."""
-    inside = sorted(file for file in folder.iterdir() if file.name.removesuffix(".gz").endswith(SUFFIXES))
-    return next((found for name in SPLITS[kind] if (found := [file for file in inside if file.name.split(".")[0] == name])), [])
-
-
-def _rows(file: File, label: str, task: Task) -> Iterator[tuple[str, Row, Any, str]]:
-    """Where, cells, label and fault of each row."""
-    plain = file.name.removesuffix(".gz")
-    if not file.is_file() or not plain.endswith(SUFFIXES[:-1]):
-        wanted, do = f"a table that ends in {', '.join(SUFFIXES[:-1])}", "Correct the path; write a .parquet file as .csv."
-        raise DataError(f"no file of rows {file}", wanted=wanted, do=do)
+def rows_of(file: File, label: str, task: Task) -> Iterator[tuple[str, Row, Any, str]]:
+    """Where, cells, label and fault of each row of one table."""
+    kind = ending(file)
     try:
-        content = (gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()).decode("utf-8-sig")
-        entries = list(_objects(content) if plain.endswith(".jsonl") else _lines(content, "\t" if plain.endswith(".tsv") else ","))
+        if kind == ".parquet":
+            entries: list[tuple[int, dict[str, Any] | None]] = list(parquet.entries(file, columns_of(file), label))
+        else:
+            content = (gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()).decode("utf-8-sig")
+            entries = list(_objects(content) if kind == ".jsonl" else _lines(content, "\t" if kind == ".tsv" else ","))
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file}: {error}", wanted="a table in UTF-8", do="Convert it.") from error
     columns = next((entry.keys() for _, entry in entries if entry is not None), {}.keys())
     labelled = any(entry is not None and label in entry for _, entry in entries)
     for number, entry in entries:
-        where = f"{file}, line {number}"
+        where = f"{file}, {'row' if kind == '.parquet' else 'line'} {number}"
         if entry is None or entry.keys() != columns:
             yield where, {}, None, "other columns than in the first row"
             continue
         value, fault = parsed(entry[label], task) if labelled else (None, "")
+        odd = next((name for name, cell in entry.items() if name != label and isinstance(cell, list | dict | bytes)), None)
+        fault = fault if odd is None else f"a {type(entry[odd]).__name__} in column {odd!r}, where a number or a word was wanted"
         yield where, {name: cell for name, cell in entry.items() if name != label}, value, fault
 
 

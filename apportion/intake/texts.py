@@ -18,14 +18,13 @@ from apportion.errors import DataError, PlanError
 from apportion.intake import parquet
 from apportion.intake.folders import one_class, spread
 from apportion.intake.labels import numbered, parsed
+from apportion.intake.shards import ending, pieces
 from apportion.methods.task import UNKNOWN
 from apportion.vocab import Task
 
 Text = str | tuple[str, str]
 Split = Literal["train", "test", "all"]
 OnSkip = Callable[[str, str], None]
-SPLITS = {"train": ("train",), "test": ("test", "dev", "val", "validation")}
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 HELD_OUT = 0.2
 
 
@@ -213,7 +212,7 @@ def read_texts(
     on_skip: OnSkip | None = None,
     task: Task = "classification",
 ) -> TextSet:
-    """Read a list of texts with `labels`, a file, or a folder with train and test (or dev, val, validation) files.
+    """Read a list of texts with `labels`, a file, or a folder with train and test (or dev, val, validation) files, or with pieces of one (`shards.pieces`).
 
     Columns (of .parquet, or of .csv and .tsv, which need a header line) or keys (of .jsonl): `text`, `pair` for a second text, `label`; without it, no labels.
     Labels are whole numbers from 0, or names: then their place in `classes` (such as the model's), or else in the alphabet, over all files of a folder. By
@@ -227,9 +226,8 @@ def read_texts(
     if isinstance(source, str | File):
         if labels is not None:
             raise DataError("labels beside a file", wanted="labels for a list of texts", do=f"Put them into the column {label!r}.")
-        files, own = _files(File(source), split)
-        every = files if not own else [file for kind in SPLITS for file in _named(File(source), kind)]
-        table = {file: list(_rows(file, text, pair, label, task)) for file in dict.fromkeys((*files, *every))}
+        files, every, own = pieces(File(source), split, {text, pair or text, label})
+        table = {file: list(_rows(file, text, pair, label, task)) for file in every}
         rows, known = [row for file in files for row in table[file]], [row for entries in table.values() for row in entries]
     else:
         given = list(source)
@@ -276,35 +274,9 @@ def _fault(text: Any) -> str:
     return "" if all(part.strip() for part in parts) else "an empty text"
 
 
-def _files(source: File, split: Split) -> tuple[list[File], bool]:
-    """The files to read, and whether the data brings a split of its own."""
-    wanted = f"a file with one of the endings {', '.join(SUFFIXES)} (all but the last also .gz), or a folder with train and test files"
-    if source.is_dir():
-        files = [file for kind in (SPLITS if split == "all" else (split,)) for file in _named(source, kind)]
-        if not files:
-            raise DataError(f"{source} without files for split {split!r}", wanted=wanted, do="Correct the path or the names.")
-        return files, True
-    if not source.is_file() or not _stem(source):
-        raise DataError(f"no table {source}", wanted=wanted, do="Correct the path.")
-    return [source], False
-
-
-def _named(folder: File, kind: str) -> list[File]:
-    """The first of a split's names that is there."""
-    for name in SPLITS[kind]:
-        if found := sorted(file for file in folder.iterdir() if _stem(file) == name):
-            return found
-    return []
-
-
-def _stem(file: File) -> str:
-    name = file.name.removesuffix(".gz")
-    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), "")
-
-
 def _rows(file: File, text: str, pair: str | None, label: str, task: Task) -> Iterator[Row]:
     columns = [text] if pair is None else [text, pair]
-    if file.name.removesuffix(".gz").endswith(".parquet"):
+    if ending(file) == ".parquet":
         yield from _checked(file, "row", parquet.entries(file, columns, label), columns, label, False, task)
         return
     try:
@@ -327,7 +299,7 @@ def _checked(file: File, unit: str, entries: Iterable[tuple[int, Any]], columns:
 
 
 def _entries(file: File, content: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    if _stem(file) and ".jsonl" in file.name:
+    if ending(file) == ".jsonl":
         for line, row in enumerate(content.split("\n"), 1):
             if row.strip():
                 try:
@@ -335,7 +307,7 @@ def _entries(file: File, content: str, columns: Sequence[str]) -> Iterator[tuple
                 except ValueError:
                     yield line, None
         return
-    reader = csv.DictReader(io.StringIO(content, newline=""), delimiter="\t" if ".tsv" in file.name else ",")
+    reader = csv.DictReader(io.StringIO(content, newline=""), delimiter="\t" if ending(file) == ".tsv" else ",")
     if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
         raise DataError(f"{file} with columns {', '.join(reader.fieldnames or ())}", wanted=f"a column {missing[0]!r}", do="Name the columns, or add a header.")
     for row in reader:

@@ -77,6 +77,8 @@ def _recognised(network: Network) -> tuple[tuple[str, str], ...]:
 def _inputs(a: Architecture) -> str:
     if a.words:
         return f"texts of up to {a.length} tokens"
+    if a.points:
+        return f"series of {a.points} points in {a.channels} channels, in patches of {a.patch}, {a.stride} apart"
     if a.samples:
         return f"sound of {a.samples} samples"
     if a.frames:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from apportion.vocab import Tokens
+
+Count = TypeVar("Count", int, Tensor)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -107,3 +111,33 @@ def settle(tokens: Tokens, keep: int, gone: Tensor, into: Tensor, order: Tensor)
     place = torch.zeros_like(layout).scatter(1, layout, torch.arange(n, device=x.device).expand_as(layout)).clamp_max(keep - 1)
     kept = layout[:, :keep]
     return Tokens(take(new_x, kept), take(new_size, kept), place.gather(1, target.gather(1, origin)), prefix)
+
+
+def sizes(tokens: int, k: int, learners: int) -> list[int]:
+    """How many of a sample's tokens get 0, 1, ..., N learners: a third one fewer than k, a third one more.
+
+    Where thirds are unequal k - 1 comes before k + 1, so the mean is k, or less by one learner of one token; and a token more makes no third smaller, so that
+    padding changes none.
+    """
+    fewer, more = thirds(tokens)
+    return [(fewer, tokens - fewer - more, more)[count - k + 1] if abs(count - k) <= 1 else 0 for count in range(learners + 1)]
+
+
+def thirds(tokens: Count) -> tuple[Count, Count]:
+    """How many of so many tokens get one fewer, and how many one more."""
+    return (tokens + 1) // 3, tokens // 3
+
+
+def dealt(needs: Tensor, size: Tensor) -> Tensor:
+    """The tokens (b, n) in the order in which `sizes` deals to them: words by what they need (b, n), as many in each third as if they were alone, and padding
+    (of size 0) where a third has places left.
+    """
+    n, pad = size.shape[1], size == 0
+    order, place = needs.masked_fill(pad, torch.inf).argsort(dim=-1, stable=True), torch.arange(n, device=size.device)
+    (fewer, more), words = thirds(n), n - pad.sum(1, keepdim=True)
+    few, many = thirds(words)
+    middle = words - few - many
+    of_word = place + torch.where(place >= few, fewer - few, 0) + torch.where(place >= few + middle, n - fewer - more - middle, 0)
+    left = place - words  # of padding
+    of_pad = left + few + torch.where(left >= fewer - few, middle, 0) + torch.where(left >= n - more - few - middle, many, 0)
+    return torch.zeros_like(order).scatter(1, torch.where(place < words, of_word, of_pad), order)

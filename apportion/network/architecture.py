@@ -13,7 +13,7 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "tanh", 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """Shape and flavour of a dense encoder for images; for texts where `words` is not 0, for sound where `samples` or `frames` is, for rows of a table
-    where `numbers` or `categories` are (then `image_size` is 0).
+    where `numbers` or `categories` are, for time series of so many `channels` where `points` is (then `image_size` is 0).
 
     Sound is a waveform of `samples` numbers, or a spectrogram of `frames` by `bands`: cut into patches, or with `patch` 0 convolved along time.
 
@@ -101,11 +101,15 @@ class Architecture:
     span: float = 0.0  # how far numbers range that are foretold: an error of this much is worth nothing
     numbers: int = 0  # columns of a table that hold numbers
     categories: tuple[int, ...] = ()  # entries of each of the others: its values, one for what is missing and one for what is unknown
+    points: int = 0  # of a time series, in each of its channels
+    stride: int = 0  # from one patch of it to the next
 
     @property
     def tokens(self) -> int:
         if self.columns:
             return self.columns + self.prefix
+        if self.points:
+            return (self.points - self.patch) // self.stride + 2 + self.prefix
         if self.words:
             return self.length
         if self.samples:
@@ -133,6 +137,8 @@ class Architecture:
         """Of one sample: what a batch of inputs has behind its first axis. A text may be shorter."""
         if self.columns:
             return (self.columns,)
+        if self.points:
+            return (self.channels, self.points)
         if self.words or self.samples:
             return (self.length if self.words else self.samples,)
         if self.frames:

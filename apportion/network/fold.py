@@ -1,4 +1,4 @@
-"""What is constant is multiplied out once, before serving: gains, shifts and scales move into the products beside them; and a run of blocks into one map.
+"""What is constant is multiplied out once, before serving: gains, shifts and scales move into the products beside them.
 
 For networks that run or are exported: a folded one has lost the parameters that training turns and that a bundle names.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from apportion.errors import DataError, NoEffect, PathError, PlanError, Refused
+from apportion.errors import NoEffect, PlanError, Refused
 from apportion.methods.norm.layernorm import LayerNorm
 from apportion.methods.residual.layerscale import LayerScale
 from apportion.methods.residual.plain import Plain
@@ -33,14 +33,6 @@ class Edit(NamedTuple):
 
     part: str
     into: tuple[str, ...]
-
-
-class Surrogate(NamedTuple):
-    """One affine map in place of a run of blocks; both errors are on held-out tokens, as a share of the norm of the run's output."""
-
-    map: DenseWeight
-    error: float
-    skipped: float  # what leaving the run out would cost instead
 
 
 @torch.no_grad()
@@ -215,58 +207,3 @@ def _merge_prefix(tokeniser: PatchTokeniser) -> None:
     first += position[: tokeniser.prefix]
     tokeniser.position = nn.Parameter(position[tokeniser.prefix :].clone(), requires_grad=position.requires_grad)
     tokeniser.position_prefix = False
-
-
-@torch.no_grad()
-def surrogate(network: Network, first: int, last: int, batches: Iterable[Tensor], *, held_out: Iterable[Tensor], ridge: float = 1e-6) -> Surrogate:
-    """The affine map nearest to blocks `first` up to `last` (not included) of the full path, and how near it comes on inputs that it was not fitted to.
-
-    Ridge regression of the run's change, y - x, on its input tokens, in closed form (Hoerl and Kennard 1970, Technometrics 12), so that a strong `ridge` (as a
-    share of the tokens' mean variance) shrinks towards leaving the run out. Costs d^2 MACs per token, where a block costs about 12 d^2 and its attention;
-    fitting costs one pass over the batches and d^2 numbers in double precision. It moves nothing between tokens: do not use it where `error` is not far
-    below `skipped`. Raises PathError for a run that is none, PlanError for a negative ridge, DataError without batches to fit or to judge by.
-    """
-    if not 0 <= first < last <= len(network.blocks):
-        raise PathError(f"blocks {first} up to {last}", wanted=f"a run within 0 to {len(network.blocks)}", do="Correct the run.")
-    if not ridge >= 0:
-        raise PlanError(f"ridge {ridge}", wanted="0 or more", do="Correct it.")
-    d = network.architecture.dim
-    count, moments = 0, torch.zeros(d + 1, 2 * d + 1, dtype=torch.float64)
-    for x, y in _ends(network, first, last, batches):
-        one = x.new_ones(len(x), 1)
-        moments += (torch.cat((x, one), 1).T @ torch.cat((x, one, y - x), 1)).cpu()
-        count += len(x)
-    if not count:
-        raise _no_data("calibration")
-    mean_x, mean_change = moments[d, :d] / count, moments[d, d + 1 :] / count
-    covariance = moments[:d, :d] / count - mean_x.outer(mean_x)
-    shrunk = covariance + ridge * covariance.trace() / d * torch.eye(d, dtype=torch.float64)
-    change = torch.linalg.lstsq(shrunk, moments[:d, d + 1 :] / count - mean_x.outer(mean_change), driver="gelsd").solution.T
-    linear = DenseWeight(d, d).requires_grad_(False).to(next(network.parameters()))
-    _store(linear, change + torch.eye(d, dtype=torch.float64), mean_change - change @ mean_x)
-    return Surrogate(linear, *_errors(linear, _ends(network, first, last, held_out)))
-
-
-def _ends(network: Network, first: int, last: int, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens (all samples', d) before and after the run, padding left out, in double precision."""
-    full = network.space.full
-    for inputs in batches:
-        before = network.run(network.tokeniser(inputs, full.patch), full.steps[:first])
-        after = network.run(before, full.steps[first:last])
-        real = before.size > 0
-        yield before.x[real].double(), after.x[real].double()
-
-
-def _errors(linear: DenseWeight, ends: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    wrong, skipped, total = 0.0, 0.0, 0.0
-    for x, y in ends:
-        wrong += (linear(x.to(linear.weight)).double() - y).square().sum().item()
-        skipped += (x - y).square().sum().item()
-        total += y.square().sum().item()
-    if not total:
-        raise _no_data("held-out")
-    return (wrong / total) ** 0.5, (skipped / total) ** 0.5
-
-
-def _no_data(which: str) -> DataError:
-    return DataError(f"no {which} inputs", wanted="at least one batch", do="Give batches that can be iterated over.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +16,14 @@ from apportion.network.architecture import Architecture
 from apportion.network.gate import Gate
 from apportion.network.stem import activation, layer_norm, tokeniser
 from apportion.vocab import Notes, Path, Space, Step, Tokens
+
+Run = tuple[int, int]
+"""The first of some blocks in a row, and the one behind the last."""
+
+
+def gaps(blocks: Sequence[int], depth: int, *, after: int = -1) -> tuple[Run, ...]:
+    """Runs of blocks that are left out where these run, of so many, and `after` ran last before them."""
+    return tuple((before + 1, block) for before, block in pairwise((after, *blocks, depth)) if before + 1 < block)
 
 
 class Unit(nn.Module):
@@ -92,6 +103,7 @@ class Block(nn.Module):
             gate=linear(a.dim, a.hidden, bias=a.ffn_bias) if a.gated else None,
             norm=nested(a.ffn_norm, a.hidden),
         )
+        self.padded = a.words > 0
         self.residual1, self.residual2 = residual(), residual()
         self.adapter = find("adapter", "none")()
 
@@ -100,7 +112,8 @@ class Block(nn.Module):
         tokens = tokens._replace(x=self._sum(self.norm1, self.residual1, tokens.x, mixed.out))
         tokens = self.reducer(tokens, step.tokens, mixed, notes) if real is None else self.reducer(tokens, step.tokens, mixed, notes, real)
         x = self._before(self.norm2, tokens.x)
-        return tokens._replace(x=self._sum(self.norm2, self.residual2, tokens.x, self.adapter(x, self.ffn(x, step.width, notes))))
+        fed = self.ffn(x, step.width, notes, tokens.size if self.padded else None)
+        return tokens._replace(x=self._sum(self.norm2, self.residual2, tokens.x, self.adapter(x, fed)))
 
     def _before(self, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(x) if self.norm_first else x
@@ -130,7 +143,7 @@ class Network(nn.Module):
             raise PlanError(f"{a.classes} classes for an embedding", wanted="classes 0, or a task with classes", do="Name the task.")
         self.tokeniser = tokeniser(a)
         self.blocks = nn.ModuleList(Block(a, index) for index in range(a.depth))
-        self.depth = find("depth", "every")()
+        self.depth, self.bridge = find("depth", "every")(), find("bridge", "none")()
         self.norm = layer_norm(a) if a.final_norm else nn.Identity()
         extra = (
             {"heads": a.pool_heads or a.heads, "hidden": a.pool_hidden or a.hidden, "act": activation(a.activation), "pool_norm": layer_norm(a)}
@@ -168,16 +181,19 @@ class Network(nn.Module):
     def forward(self, inputs: Tensor, path: Path, notes: Notes | None = None) -> Tensor:
         """Logits along `path`. `notes`, an empty dict of the caller's, receives "feature" (b, n, d), "size" and "origin" after each step. Raises PathError."""
         self.space.check(path)
-        return self.finish(self.run(self.enter(inputs, path), path.steps, notes, before=path.entering))
+        return self.finish(self.run(self.enter(inputs, path), path.steps, notes, before=path.entering, after=-1), after=path.blocks[-1])
 
     def enter(self, inputs: Tensor, path: Path) -> Tokens:
         """What the tokeniser makes of the inputs along `path`."""
         return self.tokeniser(inputs, path.patch) if path.entering is None else self.tokeniser(inputs, path.patch, path.entering)
 
-    def run(self, tokens: Tokens, steps: tuple[Step, ...], notes: Notes | None = None, *, before: int | None = None) -> Tokens:
-        """Tokens after these steps of a path; `before`: what the path states before the first of them, where that is not the beginning."""
+    def run(self, tokens: Tokens, steps: tuple[Step, ...], notes: Notes | None = None, *, before: int | None = None, after: int | None = None) -> Tokens:
+        """Tokens after these steps of a path; `before`: what the path states before the first of them, where that is not the beginning; `after`: the block
+        that ran last before them, -1 for none. Without it nothing was left out there.
+        """
         before = self.architecture.tokens if before is None else before
         for step in steps:
+            tokens, after = self.over(tokens, after, step.block), step.block
             fitted = self._fitted(tokens, step, before, notes) if self.architecture.words else (step, notes)
             tokens, before = self.blocks[step.block](tokens, *fitted), step.tokens
             if notes is not None:
@@ -197,8 +213,20 @@ class Network(nn.Module):
         # Rounded up without a negative number: run times differ in how they divide these.
         return fitted, notes, a.prefix + (share * (rows - a.prefix) + whole - 1).div(whole, rounding_mode="floor")
 
-    def finish(self, tokens: Tokens) -> Tensor:
-        """Tokens -> logits: the final norm and the head, after whichever block came last."""
+    def over(self, tokens: Tokens, after: int | None, block: int) -> Tokens:
+        """Tokens as block `block` takes them where `after` ran last: by way of the bridge where blocks between them are left out."""
+        return tokens if after is None or after + 1 >= block else self.bridge(tokens, after + 1, block)
+
+    def over_macs(self, tokens: int, after: int, block: int) -> int:
+        return self.bridge.macs(tokens, after + 1, block) if after + 1 < block else 0
+
+    def bridged(self, path: Path) -> tuple[Run, ...]:
+        """The runs of blocks that this path leaves out and for which something stands."""
+        return tuple(run for run in gaps(path.blocks, self.architecture.depth) if run in self.bridge.runs)
+
+    def finish(self, tokens: Tokens, *, after: int | None = None) -> Tensor:
+        """Tokens -> logits: the final norm and the head. `after`: the block that ran last; without it nothing was left out behind it."""
+        tokens = self.over(tokens, after, self.architecture.depth)
         return self.head(tokens._replace(x=self.norm(tokens.x)))
 
     def macs(self, path: Path) -> int:
@@ -206,14 +234,15 @@ class Network(nn.Module):
         start = self.tokeniser.macs(path.patch) if path.entering is None else self.tokeniser.macs(path.patch, path.entering)
         return start + self.segment_macs(0, len(path.steps), path)
 
-    def segment_macs(self, first: int, last: int, path: Path) -> int:
-        """Multiply-adds of the steps from `first` up to `last`, with the head where `last` is the end."""
-        prefix, total = self.architecture.prefix, 0
-        before = path.tokens[first - 1] if first else path.entering or self.architecture.tokens
+    def segment_macs(self, first: int, last: int, path: Path, *, entering: int | None = None) -> int:
+        """Multiply-adds of the steps from `first` up to `last`, with the head where `last` is the end; `entering`: tokens at the beginning, if others."""
+        prefix, total, after = self.architecture.prefix, 0, path.blocks[first - 1] if first else -1
+        before = path.tokens[first - 1] if first else entering or path.entering or self.architecture.tokens
         for step in path.steps[first:last]:
+            total += self.over_macs(before, after, step.block)
             total += self.blocks[step.block].macs(before, step, prefix)  # pyright: ignore[reportCallIssue]
-            before = step.tokens
-        return total + (self.head.macs(before, prefix) if last == len(path.steps) else 0)
+            before, after = step.tokens, step.block
+        return total + (self.over_macs(before, after, self.architecture.depth) + self.head.macs(before, prefix) if last == len(path.steps) else 0)
 
     def at(self, path: Path) -> At:
         """This network along one path: one argument, for compilers and export."""
@@ -239,7 +268,8 @@ class At(nn.Module):
         self.network, self.path = network, path
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.network.finish(self.network.run(self.network.enter(inputs, self.path), self.path.steps, before=self.path.entering))
+        path, network = self.path, self.network
+        return network.finish(network.run(network.enter(inputs, path), path.steps, before=path.entering, after=-1), after=path.blocks[-1])
 
 
 class Segment(nn.Module):
@@ -250,10 +280,11 @@ class Segment(nn.Module):
             raise PathError(f"steps {first} to {last}", wanted=f"a range within the {len(path.steps)} steps of {path.name}", do="Correct the range.")
         self.network, self.steps, self.ends = network, path.steps[first:last], last == len(path.steps)
         self.before = path.tokens[first - 1] if first else path.entering
+        self.after, self.last = path.blocks[first - 1] if first else -1, path.blocks[last - 1] if last else -1
 
     def forward(self, tokens: Tokens) -> Tokens | Tensor:
-        tokens = self.network.run(tokens, self.steps, before=self.before)
-        return self.network.finish(tokens) if self.ends else tokens
+        tokens = self.network.run(tokens, self.steps, before=self.before, after=self.after)
+        return self.network.finish(tokens, after=self.last) if self.ends else tokens
 
 
 class Station(nn.Module):
@@ -267,7 +298,7 @@ class Station(nn.Module):
     def forward(self, given: Tensor | Tokens) -> tuple[Tokens, Tensor]:
         tokens = given if isinstance(given, tuple) else self.network.tokeniser(given, self.patch)
         tokens = self.network.run(tokens, self.steps)
-        return tokens, self.network.finish(tokens)
+        return tokens, self.network.finish(tokens, after=self.steps[-1].block)
 
 
 class Glance(nn.Module):
@@ -291,13 +322,13 @@ class Glance(nn.Module):
         if tokens.prefix:
             parts.append(x[:, 0])
         if self.network.architecture.classes:
-            parts.append(sight(self.network.head(tokens._replace(x=x)), self.network.architecture.task))
+            parts.append(sight(self.network.finish(tokens, after=len(self.steps) - 1), self.network.architecture.task))
         return tokens, torch.cat([part.float() for part in parts], -1)
 
     def macs(self) -> int:
-        """Multiply-adds that the glance adds to those of the path: the head, evaluated once more."""
-        full = self.network.space.full
-        return self.network.head.macs(full.tokens[0], self.network.architecture.prefix) if self.network.architecture.classes else 0
+        """Multiply-adds that the glance adds to those of the path: the head, evaluated once more, by way of the bridge where there is one."""
+        a, tokens = self.network.architecture, self.network.space.full.tokens[0]
+        return self.network.over_macs(tokens, len(self.steps) - 1, a.depth) + self.network.head.macs(tokens, a.prefix) if a.classes else 0
 
 
 def _spread(x: Tensor, size: Tensor | None) -> list[Tensor]:

@@ -44,6 +44,9 @@ class Packed(nn.Module):
             )
         if any(step.tokens != a.tokens for step in path.steps[:last]):
             raise PathError(f"{path.name}, which takes tokens away", wanted="all tokens in every step", do="Run it by lengths: packed texts keep their tokens.")
+        if bridged := network.bridged(path):
+            found = f"{path.name}, in which a map stands for blocks {bridged}"
+            raise PathError(found, wanted="a path without", do="Run it by lengths: the map reads a text's mean.")
         self.tokeniser, self.network, self.slots = network.tokeniser, network, slots
         self.first, self.ends, self.prefix = first, last == len(path.steps), a.prefix
         self.steps = path.steps[first:last]

@@ -240,8 +240,8 @@ class Perceiver(Network):
         every = itertools.product(space.counts, space.width, space.orders)
         return sorted((space.path(tokens=t, width=w, blocks=blocks) for t, w, blocks in every), key=self.macs)
 
-    def run(self, tokens: Tokens, steps: tuple[Step, ...], notes: Notes | None = None, *, before: int | None = None) -> Tokens:
-        """Tokens after these steps; `before` says nothing here, since the number of latents never changes on the way."""
+    def run(self, tokens: Tokens, steps: tuple[Step, ...], notes: Notes | None = None, *, before: int | None = None, after: int | None = None) -> Tokens:
+        """Tokens after these steps; `before` and `after` say nothing here: the number of latents never changes on the way, and nothing stands for a block."""
         for step in steps:
             tokens = self._read(tokens, step.tokens) if step.block == 0 else tokens
             queries, x = tokens.x.tensor_split((tokens.prefix,), 1)
@@ -260,7 +260,7 @@ class Perceiver(Network):
         """What a run with so many latents would have come to after the same steps."""
         return placed(tokens.x[:, : tokens.prefix + latents], tokens.prefix)
 
-    def segment_macs(self, first: int, last: int, path: Path) -> int:
+    def segment_macs(self, first: int, last: int, path: Path, *, entering: int | None = None) -> int:
         patches, dim = self.architecture.tokens, self.architecture.dim
         total = sum(self.blocks[step.block].macs(step.tokens, step, 0) for step in path.steps[first:last])  # pyright: ignore[reportCallIssue]
         if first == 0 < last:

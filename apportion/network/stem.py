@@ -43,6 +43,8 @@ def tokeniser(a: Architecture) -> Any:
         raise PlanError(f"{', '.join(f'{name} = {value:g}' for name, value in only.items())} without images", wanted="images", do="Leave them at 0.")
     if a.columns:
         return find("tokeniser", "feature")(numbers=a.numbers, categories=a.categories, dim=a.dim, prefix=a.prefix)
+    if a.points:
+        return find("tokeniser", "series")(points=a.points, channels=a.channels, patch=a.patch, stride=a.stride, dim=a.dim, prefix=a.prefix)
     if a.words:
         embedding = a.embedding or a.dim
         return find("tokeniser", "word")(

@@ -12,7 +12,7 @@ from apportion.network.model import Network
 from apportion.vocab import Choice
 
 ON_BLOCK = ("mixer", "reducer", "ffn", "adapter", "residual")
-ON_NETWORK = ("depth",)
+ON_NETWORK = ("depth", "bridge")
 
 
 class Change(NamedTuple):

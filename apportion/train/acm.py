@@ -39,10 +39,10 @@ class PerToken(nn.Module):
         super().__init__()
         self.of, self.choices = of, of.choices
 
-    def forward(self, x: Tensor, width: int, notes: Notes | None = None) -> Tensor:
+    def forward(self, x: Tensor, width: int, notes: Notes | None = None, size: Tensor | None = None) -> Tensor:
         logits = self.of.logits(x, width, notes)
         if logits is None:
-            return self.of.part(x, width, notes)
+            return self.of.part(x, width, notes, size)
         counts = logits.argmax(-1)
         if logits.requires_grad:
             return weighed(self.of.part, x, straight_through(logits, counts))
@@ -51,7 +51,7 @@ class PerToken(nn.Module):
 
 
 class Seen(NamedTuple):
-    """A module to be taught, and what the teacher's module in the same place was given and gave."""
+    """A module to be taught, and what the teacher's module in the same place was given and gave; of texts without padding, all words in one row."""
 
     ffn: AdaptiveComputation
     x: Tensor  # (b, n, d)
@@ -68,12 +68,10 @@ def per_token(network: Network) -> Network:
 
 
 def adaptive(network: Network) -> dict[int, AdaptiveComputation]:
-    """The modules to be taught, by block. Raises PlanError where there are none, and for a gate in a network of texts."""
+    """The modules to be taught, by block. Raises PlanError where there are none."""
     found = {place: block.ffn for place, block in enumerate(network.blocks) if isinstance(block.ffn, AdaptiveComputation)}
     if not found:
         raise PlanError("a network without learners", wanted="ffn `acm` in some block", do="Put it there first.")
-    if network.architecture.words and any(ffn.gate is not None for ffn in found.values()):
-        raise PlanError("gates in a network that reads texts", wanted="none: padding would compete with words", do="Set the option `gate` to 0.")
     return found
 
 
@@ -83,7 +81,12 @@ def watched(network: Network, teacher: Network, inputs: Tensor) -> list[Seen]:
     modules, seen = adaptive(network), list[Seen]()
 
     def watch(ffn: AdaptiveComputation):
-        return lambda module, args, out: seen.append(Seen(ffn, args[0], out))
+        def look(module, args: tuple, out: Tensor) -> None:
+            x, size = args[0], args[3]
+            real = None if size is None else size > 0
+            seen.append(Seen(ffn, x, out) if real is None else Seen(ffn, x[real][None], out[real][None]))
+
+        return look
 
     handles = [teacher.blocks[place].ffn.register_forward_hook(watch(ffn)) for place, ffn in modules.items()]  # pyright: ignore
     try:
@@ -189,6 +192,8 @@ def end_to_end(
     soft, hard = find("objective", "distil")(temperature=temperature), find("objective", "cross_entropy")(smoothing=label_smoothing)
 
     def objective(network: Network, inputs: Tensor, labels: Tensor | None, rng: random.Random) -> Tensor:
+        if free and network.architecture.words:
+            raise PlanError(f"free = {free:g} for texts", wanted="0: padding would count in the budget of tokens that decide alone", do="Leave it out.")
         width, alone, notes = rng.choice(network.space.width), rng.random() < free, Notes()
         logits = (per_token(network) if alone else network)(inputs, network.space.path(width=width), notes)
         loss = hard(logits, target=labels) if labels is not None or teacher is None else logits.new_zeros(())

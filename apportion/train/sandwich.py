@@ -119,7 +119,8 @@ def branch(network: Network, inputs: Tensor, trunk: Seen, path: Path) -> Seen:
         return run(network, inputs, path)
     notes = {name: values[:start] for name, values in trunk.notes.items()}
     tokens = Tokens(notes["feature"][-1], notes["size"][-1], notes["origin"][-1], network.space.prefix)
-    return Seen(path, network.finish(network.run(tokens, path.steps[start:], notes)), notes)
+    tokens = network.run(tokens, path.steps[start:], notes, after=path.blocks[start - 1])
+    return Seen(path, network.finish(tokens, after=path.blocks[-1]), notes)
 
 
 def excess(student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from apportion import verbs
-from apportion.deliver import weighing
+from apportion.deliver import ranking, weighing
 from apportion.deliver.adapted import load
 from apportion.deliver.page import ledger
-from apportion.deliver.weighing import EXACT, made_up, rank, typical
+from apportion.deliver.ranking import EXACT, made_up, rank
+from apportion.deliver.weighing import typical
 from apportion.engine import COARSE, Graph
 from apportion.errors import EngineError
 from apportion.intake import ImageSet, Preprocess
@@ -51,7 +52,7 @@ SPEED = {("inductor", 1): 0.02, ("inductor", 4): 0.004, ("eager", 1): 0.004, ("e
 
 
 def test_the_fastest_that_agrees_is_taken_over_both_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weighing, "build", planted(SPEED, wrong="openvino"))
+    monkeypatch.setattr(ranking, "build", planted(SPEED, wrong="openvino"))
     told = list[str]()
     found = rank(tiny(), images(4), repeats=5, tell=told.append)
     assert found.backend == "eager"  # behind at batch 4, further ahead at batch 1
@@ -67,14 +68,14 @@ def test_the_fastest_that_agrees_is_taken_over_both_batch_sizes(monkeypatch: pyt
 
 
 def test_a_lead_within_the_noise_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weighing, "build", planted({(name, batch): 0.002 for name in EXACT for batch in (1, 4)}))
+    monkeypatch.setattr(ranking, "build", planted({(name, batch): 0.002 for name in EXACT for batch in (1, 4)}))
     found = rank(tiny(), images(4), repeats=7, tell=lambda text: None)
     tied = all(trial.slower is not None and trial.slower.low <= 1 for trials in found.trials.values() for trial in trials)
     assert not tied or found.backend == EXACT[0]
 
 
 def test_none_that_agrees_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weighing, "build", planted({("eager", 1): 0.0, ("eager", 4): 0.0}, wrong="eager"))
+    monkeypatch.setattr(ranking, "build", planted({("eager", 1): 0.0, ("eager", 4): 0.0}, wrong="eager"))
     with pytest.raises(EngineError, match="answers differ"):
         rank(tiny(), images(4), tell=lambda text: None)
     assert not set(EXACT) & set(COARSE)
@@ -103,7 +104,7 @@ def test_doctor_ranks_back_ends_on_a_model(monkeypatch: pytest.MonkeyPatch) -> N
     network = tiny()
     monkeypatch.setattr(verbs, "read_model", lambda model, **options: type("Source", (), {"network": network}))
     monkeypatch.setattr("apportion.measure.doctor.device", lambda: {"cpu": "one", "advice": []})
-    monkeypatch.setattr(weighing, "build", planted(SPEED, wrong="openvino"))
+    monkeypatch.setattr(ranking, "build", planted(SPEED, wrong="openvino"))
     found = shell("doctor", "--model", "timm:any", "--batch", 4, "--repeats", 3, "--json")
     said = json.loads(found.stdout)
     assert found.exit_code == 0 and said["cpu"] == "one" and said["backends"]["backend"] == "eager" and "· eager, batch 4" in found.stderr
@@ -113,7 +114,7 @@ def test_doctor_ranks_back_ends_on_a_model(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_real_back_ends_are_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weighing, "EXACT", ("eager", "onnxruntime"))
+    monkeypatch.setattr(ranking, "EXACT", ("eager", "onnxruntime"))
     found = rank(tiny(), images(4), repeats=3, tell=lambda text: None)
     for trials in found.trials.values():
         assert all((trial.distance is not None and trial.distance < 1e-5) is not bool(trial.out) for trial in trials)
@@ -122,7 +123,7 @@ def test_real_back_ends_are_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_auto_measures_takes_and_keeps_the_reasons(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weighing, "EXACT", ("eager",))
+    monkeypatch.setattr(ranking, "EXACT", ("eager",))
     data, out, told, here = painted(tmp_path / "data", 40, labels=True), tmp_path / "out", list[str](), fingerprint()
     options: dict[str, Any] = {"backend": "auto", "buckets": (4,), "repeats": 2, "tell": told.append}
     feed = Preprocess(32, (0.5,) * 3, (0.25,) * 3)

@@ -54,6 +54,17 @@ def test_the_full_path_comes_back_bit_for_bit(name):
     assert all(torch.equal(value, state[key]) for key, value in source.state_dict().items())
 
 
+def test_a_path_with_a_fitted_map_is_refused_and_others_leave_it_behind():
+    source = shaken(vision.tiny(QUICK[0], **vision.FAMILIES[QUICK[0]]))
+    network = read_vit(source)
+    for choice in (Choice("depth", "skip"), Choice("bridge", "surrogate", options={"runs": "1-2"})):
+        put(network, choice)
+    with pytest.raises(Refused, match="in which a fitted map stands for blocks 1 to 1"):
+        export_dense(network, source, network.space.path(blocks=[0, *range(2, network.architecture.depth)]))
+    state = export_dense(network, source)
+    assert all(torch.equal(value, state[key]) for key, value in source.state_dict().items())
+
+
 @pytest.mark.parametrize("name", [name if "tiny" in name else pytest.param(name, marks=pytest.mark.slow) for name in CUTS_HEADS + KEEPS_HEADS])
 def test_a_cut_path_is_a_smaller_model_of_the_same_class(name):
     source = shaken(vision.tiny(name, **vision.FAMILIES.get(name, {})))

@@ -61,8 +61,8 @@ def test_a_feed_takes_what_the_data_holds() -> None:
     assert isinstance(plain, Tokenise) and isinstance(paired, Tokenise) and not plain.pairs and paired.pairs
     with pytest.raises(DataError, match="pairs"):
         matched(source(tokenise()), Parts(None, one, two, one))
-    with pytest.raises(PlanError, match="multilabel of images"):
-        reader(PICTURES, None, task="multilabel")
+    with pytest.raises(PlanError, match="token_classification of images"):
+        reader(PICTURES, None, task="token_classification")
     assert Parts(None, one, two, one).unlabelled().place.labels is None
     pictures = ImageSet(np.zeros((1, 8, 8, 3), np.uint8), None, ())
     with pytest.raises(DataError, match="images for a model of texts"):

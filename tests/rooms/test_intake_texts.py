@@ -80,7 +80,7 @@ def test_what_cannot_be_used_is_refused(tmp_path):
     for call, what in (
         (lambda: read_texts(tmp_path / "data.csv"), "columns a, b.*column 'text'"),
         (lambda: read_texts(tmp_path / "data.parquet"), "data.parquet"),
-        (lambda: read_texts(tmp_path), "without files"),
+        (lambda: read_texts(tmp_path), "data.csv with columns a, b"),
         (lambda: read_texts(["x"], labels=[1, 2]), "2 labels for 1"),
         (lambda: read_texts([]), "0 of 0"),
         (lambda: read_texts(["x", "y"], labels=["a", 1]), "label 1 beside names"),

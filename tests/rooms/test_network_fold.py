@@ -1,4 +1,4 @@
-"""Folding against the network before it, on every kind of path; and the surrogate against runs that are affine by construction."""
+"""Folding against the network before it, on every kind of path."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apportion.errors import DataError, NoEffect, PathError, PlanError, Refused
+from apportion.errors import NoEffect, PlanError, Refused
 from apportion.measure.macs import executed_macs
 from apportion.methods import find, names
 from apportion.methods.residual.plain import Plain
 from apportion.methods.weight.dense import DenseWeight
 from apportion.network import Architecture, Network, put
-from apportion.network.fold import fold, surrogate
+from apportion.network.fold import fold
 from apportion.vocab import Choice
 from tests.conftest import DEPTH, DIM, FLAVOURS, HEADS, HIDDEN, PLAN, assert_same_state, images, random_paths, reducers, shake, state_of, tiny
 
@@ -179,14 +178,6 @@ def test_a_network_for_texts_answers_as_before(norm_first):
         fold(network, mean=MEAN, std=STD)
 
 
-def test_padding_is_no_token_to_fit_a_surrogate_to():
-    network, inputs = reader(norm_first=True), texts(8)
-    alone = [row[row > 0][None] for row in inputs]
-    together, apart = (surrogate(network, 0, 2, batches, held_out=batches) for batches in ([inputs], alone))
-    assert_close(together.map.weight.data, apart.map.weight.data, rtol=0, atol=1e-6)
-    assert together.error == pytest.approx(apart.error, rel=1e-6)
-
-
 def test_nothing_left_to_fold_is_an_error():
     network = folded(tiny("layer_scale", *PLAN))
     before = state_of(network)
@@ -258,71 +249,6 @@ def test_in_bfloat16_a_wide_spread_of_gains_loses_no_more_than_before(spread):
     right = exact(inputs.double(), full)
     before, after = ((each(inputs, full).double() - right).norm() for each in (half, folded(half)))
     assert after < 1.5 * before
-
-
-@torch.no_grad()
-def affine_run(blocks: nn.ModuleList) -> None:
-    """Two blocks that only multiply and add: no mixing, no norm before the FFN, no activation."""
-    for block in blocks:
-        block.mixer.proj.weight.zero_()
-        block.norm2, block.ffn.act = nn.Identity(), nn.Identity()
-
-
-def test_an_affine_run_is_recovered():
-    network = tiny().double()
-    affine_run(network.blocks[1:3])
-    found = surrogate(network, 1, 3, [images(16, seed=i, dtype=torch.float64) for i in range(3)], held_out=[images(8, seed=9, dtype=torch.float64)], ridge=0)
-    assert found.error < 1e-6 < 0.1 < found.skipped
-    x = torch.randn(7, DIM, dtype=torch.float64)
-    wanted = x
-    for block in network.blocks[1:3]:
-        wanted = wanted + block.mixer.proj.bias
-        wanted = wanted + block.ffn.down(block.ffn.up(wanted))
-    assert_close(found.map(x), wanted, rtol=0, atol=1e-6)
-
-
-def test_a_run_that_is_not_affine_is_judged_on_inputs_it_has_not_seen():
-    network = tiny()
-    batches, held_out = [images(16, seed=i) for i in range(4)], [images(16, seed=9)]
-    found, few = surrogate(network, 1, 3, batches, held_out=held_out), surrogate(network, 1, 3, [images(3, seed=1)], held_out=held_out)
-    itself = surrogate(network, 1, 3, batches, held_out=batches)
-    assert 0.05 < found.error < found.skipped and itself.error < found.error < few.error
-    full = network.space.full
-    start = network.run(network.tokeniser(held_out[0], 4), full.steps[:1])
-    end = network.run(start, full.steps[1:3]).x
-    assert found.error == pytest.approx(((found.map(start.x) - end).norm() / end.norm()).item(), rel=1e-4)
-    assert found.skipped == pytest.approx(((start.x - end).norm() / end.norm()).item(), rel=1e-4)
-
-
-def test_ridge_is_the_definition_and_shrinks_to_leaving_the_run_out():
-    network, batch = tiny().double(), images(16, dtype=torch.float64)
-    x = network.tokeniser(batch, 4)
-    y = network.run(x, network.space.full.steps[:2]).x.flatten(0, 1)
-    x = x.x.flatten(0, 1)
-    # Ridge is least squares with one more row for each input channel, and an intercept that those rows leave alone.
-    weight = 0.1 * (x - x.mean(0)).square().sum() / DIM
-    rows = torch.cat((F.pad(x, (0, 1), value=1), F.pad(weight.sqrt() * torch.eye(DIM, dtype=torch.float64), (0, 1))))
-    wanted = torch.linalg.lstsq(rows, F.pad(y - x, (0, 0, 0, DIM))).solution.T
-    found = surrogate(network, 0, 2, [batch], held_out=[batch], ridge=0.1).map
-    assert_close(found.weight.data, wanted[:, :DIM] + torch.eye(DIM, dtype=torch.float64))
-    assert_close(found.bias.data, wanted[:, DIM])
-    none = surrogate(network, 0, 2, [batch], held_out=[batch], ridge=1e12).map
-    assert_close(none.weight.data, torch.eye(DIM, dtype=torch.float64), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(("first", "last"), [(-1, 2), (2, 2), (3, 1), (0, DEPTH + 1)])
-def test_a_surrogate_stands_for_a_run(first, last):
-    with pytest.raises(PathError, match="blocks"):
-        surrogate(tiny(), first, last, [images(2)], held_out=[images(2)])
-
-
-def test_a_surrogate_needs_inputs_to_fit_and_others_to_judge():
-    with pytest.raises(DataError, match="calibration"):
-        surrogate(tiny(), 1, 2, [], held_out=[images(2)])
-    with pytest.raises(DataError, match="held-out"):
-        surrogate(tiny(), 1, 2, [images(2)], held_out=[])
-    with pytest.raises(PlanError, match="ridge"):
-        surrogate(tiny(), 1, 2, [images(2)], held_out=[images(2)], ridge=-1.0)
 
 
 def test_a_head_without_classes_keeps_its_norm():

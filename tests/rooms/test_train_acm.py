@@ -141,11 +141,22 @@ def test_what_cannot_be_taught_is_refused():
         teaching.gates(tiny())(adaptive(gate=0), images(1), None, random.Random(0))
 
 
-def test_texts_have_no_gates():
-    text = Network(Architecture(image_size=0, patch=0, dim=16, depth=1, heads=2, hidden=32, classes=2, words=9, length=6, positions=6))
-    put(text, Choice("ffn", "acm", options={"gate": 4}))
-    with pytest.raises(PlanError, match="texts"):
-        teaching.adaptive(text)
+def test_texts_are_taught_on_words_alone():
+    torch.manual_seed(0)
+    dense = Network(Architecture(image_size=0, patch=0, dim=16, depth=2, heads=2, hidden=32, classes=2, words=9, length=6, positions=6)).eval()
+    network = copy.deepcopy(dense)
+    put(network, Choice("ffn", "acm", options={"gate": 4}))
+    ids = torch.tensor([[1, 2, 3, 4, 0, 0], [5, 6, 0, 0, 0, 0]])  # 0 is padding
+    seen, alone = teaching.watched(network, dense, ids), [teaching.watched(network, dense, row[row > 0][None]) for row in ids]
+    for place, entry in enumerate(seen):
+        assert_close(entry.x, torch.cat([found[place].x for found in alone], 1), rtol=1e-4, atol=1e-5)
+        assert_close(entry.y, torch.cat([found[place].y for found in alone], 1), rtol=1e-4, atol=1e-5)
+    nn.init.normal_(network.blocks[0].ffn.gate.last.weight)
+    path = network.eval().space.path(width=16)
+    for row in ids:
+        assert_close(network(row[None], path), network(row[row > 0][None], path), rtol=1e-4, atol=1e-5)
+    with pytest.raises(PlanError, match="free"):
+        teaching.end_to_end(dense, free=1.0)(network, ids, None, random.Random(0))
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 Wójcik et al. 2023, "Adaptive Computation Modules: Granular Conditional Computation For Efficient Inference", arXiv 2312.10193, section 3. Learner i holds
 the i-th share of the hidden units; h_k, the sum of the first k and of the output bias, is the FFN cut to its first k shares. A width is a budget: k shares
-for each token, on the mean over a sample's tokens. How many tokens get how many is fixed (`sizes`), which ones is the gate's to say, so that graphs are
-static, the cost is closed form and a sample is alone as in company. With a gradient it costs the full width. Not for texts: padding would compete.
+for each token, on the mean over a sample's tokens. How many tokens get how many is fixed (`ops.sizes`), which ones is the gate's to say, so that graphs are
+static, the cost is closed form and a sample is alone as in company. Padding gets what is left: a text is dealt the same as it would be without.
+With a gradient it costs the full width.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apportion.errors import PlanError
+from apportion.methods import ops
 from apportion.methods.slots import Contribution, FeedForward, Weight
 from apportion.vocab import Card, Notes
 
@@ -84,12 +86,13 @@ class AdaptiveComputation(nn.Module):
             raise PlanError(f"learners over {type(part).__name__}", wanted=wanted, do="Take one of the two out of the plan.")
         return cls(part, learners=learners, gate=Gate(dim, gate, learners) if gate else None).train(part.training)
 
-    def forward(self, x: Tensor, width: int, notes: Notes | None = None) -> Tensor:
+    def forward(self, x: Tensor, width: int, notes: Notes | None = None, size: Tensor | None = None) -> Tensor:
         logits = self.logits(x, width, notes)
         if logits is None:
-            return self.part(x, width, notes)
-        tokens = sizes(x.shape[1], width // self.unit, self.learners)
-        order = (logits.softmax(-1) * torch.arange(self.learners + 1, device=x.device)).sum(-1).argsort(dim=-1, stable=True)
+            return self.part(x, width, notes, size)
+        tokens = ops.sizes(x.shape[1], width // self.unit, self.learners)
+        needs = (logits.softmax(-1) * torch.arange(self.learners + 1, device=x.device)).sum(-1)
+        order = needs.argsort(dim=-1, stable=True) if size is None else ops.dealt(needs, size)
         if logits.requires_grad:
             ranked = torch.tensor([count for count, size in enumerate(tokens) for _ in range(size)], device=x.device)
             return weighed(self.part, x, straight_through(logits, torch.zeros_like(order).scatter(1, order, ranked.expand_as(order))))
@@ -108,7 +111,10 @@ class AdaptiveComputation(nn.Module):
         return (logits - torch.empty_like(logits).exponential_().log()) / TEMPERATURE  # Gumbel noise explores
 
     def macs(self, tokens: int, width: int) -> int:
-        return self.part.macs(tokens, width) + (0 if self.gate is None or width == self.choices[-1] else self.gate.macs(tokens))
+        if self.gate is None or width == self.choices[-1]:
+            return self.part.macs(tokens, width)
+        given = sum(count * size for count, size in enumerate(ops.sizes(tokens, width // self.unit, self.learners)))
+        return self.part.macs(1, self.unit) * given + self.gate.macs(tokens)
 
     def contribution(self) -> Contribution:
         return self.part.contribution()
@@ -116,12 +122,6 @@ class AdaptiveComputation(nn.Module):
     def permute(self, order: Tensor) -> None:
         """Put the hidden units into this order: which units are learner 1 changes, so do it before the learners are taught."""
         self.part.permute(order)
-
-
-def sizes(tokens: int, k: int, learners: int) -> list[int]:
-    """How many of a sample's tokens get 0, 1, ..., N learners: a third one fewer than k, a third one more, so that the mean is k exactly."""
-    side = (tokens + 1) // 3
-    return [tokens - 2 * side if count == k else side if abs(count - k) == 1 else 0 for count in range(learners + 1)]
 
 
 def straight_through(logits: Tensor, counts: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class DenseFFN(nn.Module):
         self.up, self.down, self.act, self.gate, self.norm = up, down, act, gate, norm
         self.choices: tuple[int, ...] = (hidden,)
 
-    def forward(self, x: Tensor, width: int, notes: Notes | None = None) -> Tensor:
+    def forward(self, x: Tensor, width: int, notes: Notes | None = None, size: Tensor | None = None) -> Tensor:
         hidden = self.act(self.up(x, out=width))
         hidden = hidden if self.gate is None else hidden * self.gate(x, out=width)
         return self.down(hidden if self.norm is None else self.norm(hidden), inp=width)

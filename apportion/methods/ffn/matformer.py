@@ -27,8 +27,8 @@ class MatFormer(nn.Module):
     def from_dense(cls, part: FeedForward) -> Self:
         return cls(part)
 
-    def forward(self, x: Tensor, width: int, notes: Notes | None = None) -> Tensor:
-        return self.part(x, width, notes)
+    def forward(self, x: Tensor, width: int, notes: Notes | None = None, size: Tensor | None = None) -> Tensor:
+        return self.part(x, width, notes, size)
 
     def macs(self, tokens: int, width: int) -> int:
         return self.part.macs(tokens, width)

@@ -58,7 +58,7 @@ class Switch(nn.Module):
         made.router.to(next(part.parameters()).device)
         return made.train(all(module.training for module in part.modules()))  # a wrapper put on a moment ago does not know
 
-    def forward(self, x: Tensor, width: int, notes: Notes | None = None) -> Tensor:
+    def forward(self, x: Tensor, width: int, notes: Notes | None = None, size: Tensor | None = None) -> Tensor:
         noisy = x * torch.empty_like(x).uniform_(1 - JITTER, 1 + JITTER) if self.training else x
         exact = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(noisy.to(exact), self.router.weight.to(exact))

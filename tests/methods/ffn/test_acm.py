@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from apportion.errors import PlanError
 from apportion.measure.macs import executed_macs
-from apportion.methods import find
+from apportion.methods import find, ops
 from apportion.methods.ffn import acm
 from apportion.network import Network, sort_by_importance
 from apportion.train.acm import PerToken
@@ -58,7 +58,7 @@ def gathered(ffn: acm.AdaptiveComputation, x: Tensor, counts: Tensor) -> Tensor:
 def by_rank(ffn: acm.AdaptiveComputation, x: Tensor, k: int) -> Tensor:
     """Each sample's tokens in order of the number that they are expected to need; the last of them get the most."""
     wanted, out = (ffn.gate(x, k).softmax(-1) @ torch.arange(N + 1.0)), torch.zeros(x.shape[:2], dtype=torch.int64)
-    dealt = [count for count, size in enumerate(acm.sizes(x.shape[1], k, N)) for _ in range(size)]
+    dealt = [count for count, size in enumerate(ops.sizes(x.shape[1], k, N)) for _ in range(size)]
     for row, order in zip(out, wanted.argsort(dim=-1, stable=True), strict=True):
         for token, count in zip(order.tolist(), dealt, strict=True):
             row[token] = count
@@ -102,12 +102,27 @@ def test_both_rules_are_a_gather_from_all_choices_alone_as_in_company(k):
 
 
 def test_sizes_have_the_mean_of_the_budget():
-    assert acm.sizes(9, 1, 4) == [3, 3, 3, 0, 0] and acm.sizes(197, 2, 4) == [0, 66, 65, 66, 0] and acm.sizes(1, 3, 4) == [0, 0, 0, 1, 0]
+    assert ops.sizes(9, 1, 4) == [3, 3, 3, 0, 0] and ops.sizes(197, 2, 4) == [0, 66, 66, 65, 0] and ops.sizes(1, 3, 4) == [0, 0, 0, 1, 0]
     for tokens, learners in itertools.product(range(1, 40), (2, 3, 4, 8)):
         for k in range(1, learners):
-            found = acm.sizes(tokens, k, learners)
-            assert sum(found) == tokens and sum(count * size for count, size in enumerate(found)) == k * tokens
+            found = ops.sizes(tokens, k, learners)
+            assert sum(found) == tokens and k * tokens - sum(count * size for count, size in enumerate(found)) == (tokens % 3 == 2)
             assert max(found[k - 1 : k + 2]) - min(found[k - 1 : k + 2]) <= 1
+            assert all(less <= more for less, more in zip(found, ops.sizes(tokens + 1, k, learners), strict=True))
+
+
+@pytest.mark.parametrize("k", range(1, N))
+def test_padding_changes_nothing_and_takes_what_is_left(k):
+    ffn, generator = gated(scale=3.0), torch.Generator().manual_seed(0)
+    for n in (9, 10, 11):
+        x, size = tokens_of(n, n, seed=n).x, torch.ones(n, n).tril()  # one word, two words, ..., in rows of one length
+        size = torch.stack([row[torch.randperm(n, generator=generator)] for row in size])
+        out = ffn(x, k * UNIT, None, size)
+        for row, real in enumerate(size > 0):
+            assert_close(out[row][real], ffn(x[row : row + 1, real], k * UNIT)[0], rtol=1e-5, atol=1e-5)
+        assert executed_macs(lambda x=x, size=size: ffn(x[:1], k * UNIT, None, size[:1])) == ffn.macs(n, k * UNIT)
+        taught = copy.deepcopy(ffn).eval().requires_grad_(True)
+        assert_close(taught(x, k * UNIT, None, size)[size > 0], out[size > 0], rtol=1e-5, atol=1e-5)
 
 
 def test_before_teaching_full_is_the_dense_network_and_no_budget_prefers_a_token():
@@ -192,7 +207,7 @@ def test_gated_hidden_units_are_learners_too():
     counts = torch.randint(0, N + 1, (2, 5))
     h = torch.stack([part(x, 4 * k) for k in range(N + 1)], 2).gather(2, counts[..., None, None].expand(-1, -1, 1, 8)).squeeze(2)
     assert_close(acm.weighed(part, x, F.one_hot(counts, N + 1).float()), h, rtol=1e-5, atol=1e-6)
-    assert ffn.macs(5, 8) == 3 * 5 * 8 * 8 + ffn.gate.macs(5) == executed_macs(lambda: ffn.eval().requires_grad_(False)(x[:1], 8))
+    assert ffn.macs(5, 8) == 3 * 8 * 4 * (5 * 2 - 1) + ffn.gate.macs(5) == executed_macs(lambda: ffn.eval().requires_grad_(False)(x[:1], 8))
 
 
 @pytest.mark.parametrize("options", [{"learners": 1}, {"learners": 5}, {"gate": -1}])
