@@ -20,6 +20,14 @@ def cifar(data: Data, runs: File = File("runs/cifar"), seeds: str = "0,1,2") -> 
 
 
 @app.command()
+def smaller(data: Data, runs: File = File("runs/cifar")) -> None:
+    """Smaller networks trained alike, beside the adaptive one of `cifar` at the same cost."""
+    from bench import smaller as bench
+
+    bench.main(data, runs)
+
+
+@app.command()
 def deit(
     data: Data, model: Annotated[File, typer.Option(help="DeiT-Tiny's weights, timm names, safetensors.")], runs: File = File("runs/deit"), repeats: int = 12
 ) -> None:

@@ -87,10 +87,9 @@ class Depth(Protocol):
 
 
 class Bridge(Protocol):
-    """What stands for the blocks from `first` up to `last` (not included) where a path leaves them out; `runs` are those for which something does."""
-
     runs: tuple[tuple[int, int], ...]
 
+    # For the blocks from `first` up to `last` (not included), which a path leaves out; `runs` are those for which something stands.
     def __call__(self, tokens: Tokens, first: int, last: int) -> Tokens: ...
     def macs(self, tokens: int, first: int, last: int) -> int: ...
 

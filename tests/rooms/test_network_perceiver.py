@@ -112,7 +112,7 @@ def test_the_definition_catches(fault, monkeypatch):
     elif fault == "no turn":
         monkeypatch.setattr("apportion.network.perceiver.rotated", lambda x, angle: x)
     else:
-        monkeypatch.setattr(type(network.blocks[0].ffn), "forward", lambda self, x, width, notes=None: self.part(x, HIDDEN, notes))
+        monkeypatch.setattr(type(network.blocks[0].ffn), "forward", lambda self, x, width, notes=None, size=None: self.part(x, HIDDEN, notes))
     with pytest.raises((AssertionError, ValueError)):  # latents that are not turned are one
         test_every_setting_is_the_definition("plain")
 
