@@ -1,9 +1,9 @@
 """Adaptive Computation Modules on two trained encoders: a small ViT on CIFAR-10 and MiniLM-L6 on SST-2, one gate each for every budget.
 
-`python -m bench acm --data FOLDER --model MODEL` wants FOLDER/cifar10.npz and the dense network of `python -m bench cifar` under `--networks`, FOLDER/sst2 and
-the dense classifier of `python -m bench text` under `--texts`. Both are taught in the three stages on the training data, with the dense network as teacher,
-and read once on the test data at every budget: as served, with the same share for every token, and with the gate's words dealt at random among a sample's
-tokens. Times are of the whole network, in turns with the dense one.
+`python -m bench acm --data FOLDER --model MODEL` wants FOLDER/cifar10/cifar10.npz and the dense network of `python -m bench cifar` under `--networks`,
+FOLDER/sst2 and the dense classifier of `python -m bench text` under `--texts`. Both are taught in the three stages on the training data, with the dense
+network as teacher, and read once on the test data at every budget: as served, with the same share for every token, and with the gate's words dealt at random
+among a sample's tokens. Times are of the whole network, in turns with the dense one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Setting:
 
 
 def images(data: File, networks: File) -> Setting:
-    train, _, test = cifar.read(data)
+    train, _, test = cifar.read(data / "cifar10")
     network = cifar.train_dense(train, networks, 0).eval().requires_grad_(False)
     recipe = Recipe(epochs=1.5, seed=100, **{**cifar.RECIPE, "learning_rate": cifar.HEALING_RATE})
     begin = [inputs for inputs, _ in train.rows(range(SORTED_ON * BATCH)).batches(BATCH, cifar.PREPROCESS)]

@@ -1,4 +1,4 @@
-"""A smaller network trained alike: dense networks of about half the multiply-adds on CIFAR-10, given as many multiply-adds of training as the whole
+"""A smaller network trained alike: a dense network of about half the multiply-adds on CIFAR-10, given as many multiply-adds of training as the whole
 adaptive one had (the dense network and its healing), beside the adaptive network at the same cost.
 
 `python -m bench smaller --data FOLDER` wants FOLDER/cifar10.npz and the committed result of `python -m bench cifar`. One seed: what two seeds of this network
@@ -20,7 +20,7 @@ from apportion.train import Recipe, dense, fit
 from apportion.vocab import Ladder
 from bench import cifar, results
 
-SIZES = {"three blocks": {"depth": 3}, "width 64": {"dim": 64, "heads": 2, "hidden": 256}}
+SIZES = {"three blocks": {"depth": 3}}
 
 
 def main(data: File, runs: File) -> None:

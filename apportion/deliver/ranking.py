@@ -91,9 +91,12 @@ def best(bundle: Bundle, *, batch: int, tell: Tell) -> Backend:
 
 
 def made_up(network: Network, count: int) -> Tensor:
-    """So many random inputs of this network's own size, where there is no data: noise, and words that are no padding."""
+    """So many random inputs of this network's own size, where there is no data: noise, entries of categories, and words that are no padding."""
     a, generator = network.architecture, torch.Generator().manual_seed(0)
     if not a.words:
-        return torch.randn(count, *a.input_shape, generator=generator)
+        noise = torch.randn(count, *a.input_shape, generator=generator)
+        for column, entries in enumerate(a.categories, a.numbers):
+            noise[:, column] = torch.randint(entries, (count,), generator=generator).float()
+        return noise
     drawn = torch.randint(a.words - 1, (count, *a.input_shape), generator=generator)
     return drawn + (drawn >= a.padding)

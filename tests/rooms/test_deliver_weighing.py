@@ -85,6 +85,10 @@ def test_inputs_to_time_on() -> None:
     feed, pictures = Preprocess(16, (0.5,) * 3, (0.25,) * 3), np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), dtype=np.uint8)
     assert typical(tiny(), ImageSet(pictures, None, ()), feed, 5).shape == (5, 3, 16, 16)  # few are repeated
     assert torch.equal(made_up(tiny(), 2), made_up(tiny(), 2)) and made_up(tiny(), 2).shape == (2, 3, 16, 16)
+    table = Network(Architecture(0, 0, 16, 1, 2, 32, 2, numbers=2, categories=(2, 5)))
+    rows = made_up(table, 90)
+    assert rows.shape == (90, 4) and [rows[:, column].unique().tolist() for column in (2, 3)] == [[0, 1], [0, 1, 2, 3, 4]]
+    assert table(rows, table.space.full).isfinite().all()
     drawn = made_up(Network(Architecture(0, 0, 16, 1, 2, 32, 2, words=7, length=40, padding=3, positions=40)), 90)
     assert drawn.shape == (90, 40) and set(drawn.unique().tolist()) == {0, 1, 2, 4, 5, 6}
 
