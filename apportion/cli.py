@@ -150,7 +150,10 @@ def adapt(
     task: Annotated[str | None, typer.Option(help="What outputs mean where the model does not say: classification, multilabel or regression.")] = None,
     pooling: Annotated[str | None, typer.Option(help="How an encoder without a head makes one vector: mean, class_token or pooler.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="acm: a gate gives every token its own width (needs epochs). surrogate: fitted maps in place of blocks left out.")
+        str | None,
+        typer.Option(
+            help="acm: a gate gives every token its own width (needs epochs). surrogate: fitted maps in place of blocks left out. perceiver: with scratch."
+        ),
     ] = None,
     kind: Annotated[
         str | None, typer.Option(help="What the data are, where `scratch` cannot see it: images, texts, recordings, rows (of a table) or series.")
@@ -191,9 +194,12 @@ def adapt(
             vocabulary=vocabulary,
             certify=wanted.confidence > 0,
             least_steps=STEPS,
+            perceiver=method == "perceiver",
             folder=to / "training" / "dense",
             tell=tell,
         )
+    elif method == "perceiver":
+        raise PlanError("the method perceiver for a trained model", wanted="`scratch`: no other network can be read into one", do="Leave it out.")
     elif kind is not None:
         raise PlanError(f"kind {kind!r} for a model", wanted="`scratch`: a model knows what it reads", do="Leave it out.")
     weighed = verbs.adapt(

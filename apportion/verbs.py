@@ -27,8 +27,8 @@ from apportion.intake.labels import span
 from apportion.intake.parts import FEWEST, bare
 from apportion.measure.inspect import Inspection, inspected
 from apportion.methods.task import SURE
-from apportion.network import Architecture, Network, fit_bridges, left_out, put, sort_by_importance
-from apportion.train import Data, Images, Recipe, Sounds, Texts, acm, dense, fit, sandwich
+from apportion.network import Architecture, Network, Perceiver, PerceiverArchitecture, fit_bridges, left_out, put, sort_by_importance
+from apportion.train import Data, Images, Recipe, Sounds, Texts, acm, classes, dense, fit, nested, sandwich
 from apportion.train.tasks import taught_by
 from apportion.vocab import Choice, Ladder, Plan, Task
 
@@ -124,10 +124,14 @@ def scratch(
     vocabulary: int = 8000,
     certify: bool = False,
     least_steps: int = 0,
+    perceiver: bool = False,
     folder: File | None = None,
     tell: Tell = silent,
 ) -> tuple[Network, Feed, Parts]:
     """Train a dense network for people who bring data and no model; then it goes through `adapt`.
+
+    `perceiver`: one network for many numbers of latents, widths and depths instead (`network.Perceiver`, `train.nested`), for classes of pictures; `adapt` then
+    chooses among its settings, without a method or teaching.
 
     What the data are, `kind` says ("images", "texts", "recordings", "rows", "series"), or a `feed`, or else the data themselves (`intake.fresh.kind_of`).
     Without an `architecture` it is one of moderate size. Of texts a `vocabulary` of so many pieces of words is learned, from those alone that teach, and they
@@ -145,16 +149,29 @@ def scratch(
         found = f"{len(parts.decide)} {what} to learn decisions from and {len(samples)} that teach, beside {len(parts.report)} for the test"
         raise DataError(found, wanted=f"at least {FEWEST} for decisions, a quarter of what is no test", do="Give more data, or fewer of them as the test.")
     torch.manual_seed(recipe.seed)
-    network = Network(shape)
+    network = perceiver_of(shape, task) if perceiver else Network(shape)
     if task == "regression" and samples.labels is not None:
         _to_scale(network, samples.labels)
     tell(f"training {shape.depth} blocks of width {shape.dim} on {len(samples)} {what}")
     if recipe.steps(len(samples)) < least_steps:
         recipe = replace(recipe, epochs=least_steps * recipe.batch / len(samples))
         tell(f"{recipe.epochs:.0f} epochs, which is {least_steps} steps: there are few {what}")
-    objective = dense(label_smoothing=recipe.label_smoothing, task=task, span=shape.span)
-    fit(network, _memory(samples, feed), objective, recipe=recipe if which is Preprocess else replace(recipe, crop_padding=0, flip=False), folder=folder)
+    recipe = recipe if which is Preprocess else replace(recipe, crop_padding=0, flip=False)
+    if isinstance(network, Perceiver):
+        fit(network, _memory(samples, feed), nested(classes(label_smoothing=recipe.label_smoothing)), recipe=recipe, folder=folder)
+    else:
+        objective = dense(label_smoothing=recipe.label_smoothing, task=task, span=shape.span)
+        fit(network, _memory(samples, feed), objective, recipe=recipe, folder=folder)
     return network, feed, parts
+
+
+def perceiver_of(a: Architecture, task: Task) -> Perceiver:
+    """One of this shape, whose latents are a sixteenth, an eighth, a quarter and half of the patches. Raises PlanError for other than classes of pictures."""
+    if not a.image_size or task != "classification":
+        raise PlanError(f"a perceiver for {task}, image size {a.image_size}", wanted="classes of pictures", do="Leave the method out.")
+    patches = (a.image_size // a.patch) ** 2
+    shared = {name: getattr(a, name) for name in ("image_size", "patch", "dim", "depth", "heads", "hidden", "classes", "channels", "stem", "activation", "eps")}
+    return Perceiver(PerceiverArchitecture(**shared, latents=tuple(sorted({max(1, patches // part) for part in (16, 8, 4, 2)}))))
 
 
 def _to_scale(network: Network, numbers: Tensor) -> None:
@@ -169,6 +186,11 @@ def _to_scale(network: Network, numbers: Tensor) -> None:
 
 def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: File | None, tell: Tell) -> Network:
     """The plan's methods in their slots, units in order of importance, and the paths taught where the plan gives epochs to it."""
+    if isinstance(network, Perceiver):
+        if plan.choices or plan.epochs > 0:
+            found = f"{len(plan.choices)} methods and {plan.epochs:g} epochs for a perceiver"
+            raise PlanError(found, wanted="none: it was taught all its settings", do="Use the method `perceiver`, or a plan without choices and epochs.")
+        return network.eval().requires_grad_(False)  # the order of its units is part of what was taught
     for choice in plan.choices:
         put(network, choice)
     samples = parts.decide if parts.teach is None else parts.teach
@@ -222,11 +244,13 @@ def check_task(task: Task, plan: Plan) -> None:
 
 def with_method(plan: Plan, name: str) -> Plan:
     """The plan with a method that needs more than its slot: `acm`, a gate for every token in place of nested widths, taught in an order of its own; or
-    `surrogate`, fitted maps in place of blocks that are left out. Raises PlanError."""
+    `surrogate`, fitted maps in place of blocks that are left out; or `perceiver`, the settings of a network that brings them. Raises PlanError."""
+    if name == "perceiver":
+        return replace(plan, choices=(), glance=0, epochs=0.0)
     if name == "surrogate":
         return replace(plan, choices=(*plan.choices, Choice("bridge", "surrogate")))
     if name != "acm":
-        raise PlanError(f"method {name!r}", wanted="acm or surrogate", do="Name other methods in the plan's choices.")
+        raise PlanError(f"method {name!r}", wanted="acm, surrogate or perceiver", do="Name other methods in the plan's choices.")
     return replace(plan, choices=(*(choice for choice in plan.choices if choice.slot != "ffn"), Choice("ffn", "acm", options={"gate": GATE})))
 
 

@@ -109,6 +109,10 @@ class Space:
     def full(self) -> Path:
         return self.path()
 
+    def family(self) -> tuple[Path, ...]:
+        """The paths to choose from, where the network says which: its axes do not move freely. None: they do."""
+        return ()
+
     def path(
         self,
         *,

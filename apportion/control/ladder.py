@@ -20,11 +20,15 @@ Blocks = tuple[int, ...]
 def candidates(space: Space, glance: int) -> list[Path]:
     """A coarse family of paths, full last: every axis alone from mild to strong, and the milder choices of all axes combined.
 
-    All share the first `glance` blocks at full, where the decision is made. About 40 to 120 where depth, tokens and width are all
-    adaptable, fewer where they are not. Raises PathError through the space, ControlError for a glance that is not inside the network.
+    All share the first `glance` blocks at full, where the decision is made. A space that names its paths (`Space.family`) has these, of any other there are
+    about 40 to 120 where depth, tokens and width are all adaptable, fewer where they are not. Raises PathError through the space, ControlError for a glance
+    that is not inside the network.
     """
     if not 0 <= glance < space.depth:
         raise ControlError(f"a glance of {glance} blocks", wanted=f"0 to {space.depth - 1}", do="Decide before the last block.")
+    if own := space.family():
+        shared = space.full.steps[:glance]
+        return [*(path for path in own if path.steps[:glance] == shared and path != space.full), space.full]
     depths, tokens, sizes = _depths(space, glance), _tokens(space, glance), _sizes(space)
     every = tuple(range(space.depth))
     shorter = [min(depths, key=lambda order, part=part: abs(len(order) - part * space.depth)) for part in (0.75, 0.5) if depths]

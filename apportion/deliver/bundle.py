@@ -31,7 +31,7 @@ from apportion.control import Cascade, Certificate, Controller, Decider
 from apportion.errors import ApportionError, BundleError, PathError, PlanError
 from apportion.files import write_atomic, write_json
 from apportion.intake import Align, Feed, Listen, Preprocess, Tabulate, Tokenise
-from apportion.network import Architecture, Network, put
+from apportion.network import Architecture, Network, Perceiver, PerceiverArchitecture, put
 from apportion.vocab import Ladder, Path, Plan
 
 VERSION = 1
@@ -105,7 +105,7 @@ class Tokens:
 @dataclass(frozen=True, slots=True)
 class Settings:
     """plan.toml, as a whole: `preprocess` for a model of images, `tokenise` for one of texts, `listen` for one of sound, `tabulate` for one of tables,
-    `align` for one of series."""
+    `align` for one of series; `perceiver` beside `preprocess` where the network is one."""
 
     version: int
     plan: Plan
@@ -116,6 +116,7 @@ class Settings:
     listen: Listen | None = None
     tabulate: Tabulate | None = None
     align: Align | None = None
+    perceiver: PerceiverArchitecture | None = None  # whose encoder the architecture is, where the network is one
 
     def __post_init__(self) -> None:
         a, feeds = self.architecture, ("preprocess", "tokenise", "listen", "tabulate", "align")
@@ -132,6 +133,8 @@ class Settings:
         if self.align is not None and (self.align.channels, self.align.length) != (a.channels, a.points):
             found = f"{self.align.channels} channels of {self.align.length} points"
             raise PlanError(found, wanted=f"{a.channels} of {a.points}", do=AGAIN)
+        if self.perceiver is not None and self.perceiver.encoder != a:
+            raise PlanError(f"a perceiver whose encoder is {self.perceiver.encoder}", wanted=f"{a}", do=AGAIN)
         if isinstance(self.controller, Stops) != (self.plan.control == "checkpoints"):
             raise PlanError(f"a controller that does not fit control = {self.plan.control!r}", wanted="the sizes of that kind", do=AGAIN)
 
@@ -173,6 +176,7 @@ def save(bundle: Bundle, folder: File, *, extra: Mapping[str, str] | None = None
         listen=feed if isinstance(feed, Listen) else None,
         tabulate=feed if isinstance(feed, Tabulate) else None,
         align=feed if isinstance(feed, Align) else None,
+        perceiver=bundle.network.shape if isinstance(bundle.network, Perceiver) else None,
     )
     served = Served(
         glance=bundle.ladder.glance,
@@ -297,7 +301,7 @@ def _settings(data: bytes, file: File) -> Settings:
 def _built(settings: Settings, file: File) -> tuple[Network, Decider]:
     """Network and controller of these shapes, weights still to come."""
     try:
-        network = Network(settings.architecture)
+        network = Network(settings.architecture) if settings.perceiver is None else Perceiver(settings.perceiver)
         for choice in settings.plan.choices:
             put(network, choice)
         kind = Cascade if isinstance(settings.controller, Stops) else Controller

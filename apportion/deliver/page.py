@@ -173,9 +173,10 @@ def extremes(bundle: Bundle, samples: Samples, seen: Outcomes, choice: Tensor) -
 
 
 def joins(adapted: Adapted, samples: Samples) -> list[tuple[int, str, Tensor]]:
-    """Row, caption and origin of a few inputs along the path that merges most; none where no path merges."""
-    bundle = adapted.bundle
-    merging = [path for path in bundle.ladder.paths if path.tokens and path.tokens[-1] < bundle.network.architecture.tokens]
+    """Row, caption and origin of a few inputs along the path that merges most; none where no path merges, as where latents are read from an image."""
+    bundle, space = adapted.bundle, adapted.bundle.network.space
+    paths = bundle.ladder.paths if space.reduces or space.entering else ()
+    merging = [path for path in paths if path.tokens and path.tokens[-1] < bundle.network.architecture.tokens]
     found = list[tuple[int, str, Tensor]]()
     for row in torch.linspace(0, len(samples) - 1, SHOWN).long().tolist() if merging else ():
         inputs = next(samples.rows([row]).batches(1, bundle.preprocess))[0]

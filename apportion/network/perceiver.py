@@ -64,6 +64,11 @@ class LatentSpace(Space):
 
     counts: tuple[int, ...] = ()  # latents, ascending; the last is full
 
+    def family(self) -> tuple[Path, ...]:
+        """Every number of latents with every width and depth."""
+        every = itertools.product(self.counts, self.width, self.orders)
+        return tuple(self.path(tokens=t, width=w, blocks=blocks) for t, w, blocks in every)
+
     def check(self, path: Path) -> None:
         """Raises PathError, naming the first entry that cannot be served."""
         depth = len(path.blocks)
@@ -236,9 +241,7 @@ class Perceiver(Network):
 
     def settings(self) -> list[Path]:
         """Every number of latents with every width and depth, cheapest first and full last. Any mix of widths is a path too."""
-        space = self.space
-        every = itertools.product(space.counts, space.width, space.orders)
-        return sorted((space.path(tokens=t, width=w, blocks=blocks) for t, w, blocks in every), key=self.macs)
+        return sorted(self.space.family(), key=self.macs)
 
     def run(self, tokens: Tokens, steps: tuple[Step, ...], notes: Notes | None = None, *, before: int | None = None, after: int | None = None) -> Tokens:
         """Tokens after these steps; `before` and `after` say nothing here: the number of latents never changes on the way, and nothing stands for a block."""
