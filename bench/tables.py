@@ -375,7 +375,27 @@ def peers() -> str:
                 f"{here['realisation']:.2f}" if "realisation" in here else "",
             ]
         lines.append(f"| {row['peer']} | {correct(row['accuracy'], found['images'])} | {row['gmacs']:.3f} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *smaller(), ""])
+
+
+def smaller() -> list[str]:
+    """A smaller network trained alike, beside the adaptive one at about the same cost."""
+    found = json.loads((FOLDER / "smaller.json").read_text())
+    lines = [
+        "## A smaller network, trained alike",
+        "",
+        "`python -m bench smaller`: CIFAR-10, a dense network with as many multiply-adds of training as the whole adaptive one had, healing included, and so",
+        "with more epochs. " + machine(found),
+        "",
+        "| network | GMACs | epochs | accuracy, % |",
+        "|---|---|---|---|",
+    ]
+    for row in found["smaller"]:
+        lines.append(f"| dense, {row['network']} | {row['gmacs']:.4f} | {row['epochs']:.1f} | {correct(row['accuracy'], found['samples'])} |")
+        for run in found["adaptive"]:
+            gmacs, right = min((value for key, value in run.items() if key != "seed"), key=lambda at, like=row["gmacs"]: abs(at[0] - like))
+            lines.append(f"| adaptive, seed {run['seed']} | {gmacs:.4f} | 2.5 and 0.9 | {correct(right, found['samples'])} |")
+    return [*lines, "", "The adaptive networks are those of the README: they are far from trained out, so this says more about epochs than about adapting."]
 
 
 def systems() -> str:
