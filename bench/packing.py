@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from apportion.engine import Backend, Build, Graph, Packs, build, choose_lengths, cut, lengths, plain, serving, used
-from apportion.engine.route import fill
+from apportion.engine.route import fill, some
 from apportion.intake import Source, read_model
 from apportion.measure.latency import interleaved, ratio
 from apportion.network import Network
@@ -61,8 +61,8 @@ class ByLength:
             rows = (place == number).nonzero()[:, 0]
             if len(rows):
                 mine = cut(inputs[rows], length, self.padding)
-                for piece, real in fill(range(len(rows)), BUCKETS):
-                    yield length, mine[piece], rows[piece[:real]], real
+                for piece in fill(range(len(rows)), BUCKETS, among=len(rows)):
+                    yield length, some(mine, piece.rows), rows if piece.rows is None else rows[piece.rows[: piece.real]], piece.real
 
     def tokens_run(self, inputs: Tensor) -> int:
         return sum(length * len(mine) for length, mine, _, _ in self.parts(inputs))
