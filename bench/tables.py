@@ -246,10 +246,10 @@ def engine() -> str:
     found = json.loads((FOLDER / "engine.json").read_text())
     lines = [machine(found), "", "### Paths", "", "![time against multiply-adds](engine.png)", ""]
     lines += [
-        "Time over the dense network on the same run time; in brackets what part of the work saved is time saved. Each path runs behind glance and",
-        "decision:",
+        "Time over the dense network on the same run time; in brackets what part of the work saved is time saved. Each path runs behind glance and decision,",
+        "so what the full path takes beyond 1 is the price of deciding.",
+        "",
     ]
-    lines += ["what the full path takes beyond 1 is the price of deciding.", ""]
     rows = found["paths"]["found"]
     for name in dict.fromkeys(row["network"] for row in rows):
         mine = [row for row in rows if row["network"] == name]
