@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import DataError
-from apportion.intake.folders import Listing, OnSkip, Split, listed, one_class, several_fit, spread, usable
+from apportion.intake.folders import Listing, OnSkip, Split, batched, listed, parted, several_fit, usable
 
 FORMATS = (".wav", ".flac", ".ogg")
 SHORTEST_S, LONGEST_S = 0.025, 300.0  # one frame of a spectrogram; no more than the latter is ever read of one file
@@ -46,11 +46,8 @@ class AudioSet:
 
     def split(self, holdout: float, *, seed: int = 0) -> tuple[AudioSet, AudioSet]:
         """(rest, held out): `holdout` of the recordings, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
-        held = spread(one_class(self.labels), torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)), holdout)
-        if held.all() or not held.any():
-            found = f"{len(self)} recordings, of which {holdout:g} shall be held out"
-            raise DataError(found, wanted="at least one recording on either side", do="Give more data or another share.")
-        return self.rows((~held).nonzero().flatten()), self.rows(held.nonzero().flatten())
+        rest, held = parted(self.labels, len(self), holdout, seed=seed, what="recordings")
+        return self.rows(rest), self.rows(held)
 
     def check(self, outputs: int) -> None:
         """Raises DataError, naming the first file whose label a network with so many outputs cannot give."""
@@ -68,8 +65,7 @@ class AudioSet:
 
         Nothing but the batch asked for is in memory.
         """
-        order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        for rows in order.split(batch):
+        for rows in batched(len(self), batch, seed):
             some = self.rows(rows)
             yield listen(some.files), some.labels
 

@@ -60,6 +60,20 @@ def spread(labels: Tensor | None, order: Tensor, share: float) -> Tensor:
     return chosen
 
 
+def parted(labels: Tensor | None, count: int, holdout: float, *, seed: int, what: str) -> tuple[Tensor, Tensor]:
+    """Rows of the rest and of the held out: `holdout` of `count` samples, spread evenly over the classes, by `seed`. Raises DataError where one is empty."""
+    held = spread(one_class(labels), torch.randperm(count, generator=torch.Generator().manual_seed(seed)), holdout)
+    if held.all() or not held.any():
+        raise DataError(f"{count} {what}, of which {holdout:g} shall be held out", wanted="at least one on either side", do="Give more data or another share.")
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def batched(count: int, batch: int, seed: int | None) -> tuple[Tensor, ...]:
+    """Rows of each batch of so many samples: in order, or shuffled by `seed`."""
+    order = torch.arange(count) if seed is None else torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order.split(batch)
+
+
 def one_class(labels: Tensor | None) -> Tensor | None:
     """Labels by which samples can be spread evenly: one for each."""
     return labels if labels is not None and labels.ndim == 1 else None

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from apportion.errors import DataError
-from apportion.intake.folders import Listing, OnSkip, Split, cut, listed, one_class, several_fit, spread, usable
+from apportion.intake.folders import Listing, OnSkip, Split, batched, cut, listed, parted, several_fit, usable
 from apportion.intake.preprocess import Preprocess
 from apportion.methods.task import UNKNOWN
 
@@ -47,13 +47,8 @@ class ImageSet:
 
     def split(self, holdout: float, *, seed: int = 0) -> tuple[ImageSet, ImageSet]:
         """(rest, held out): `holdout` of the images, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        held = spread(one_class(self.labels), order, holdout)
-        if held.all() or not held.any():
-            raise DataError(
-                f"{len(self)} images, of which {holdout:g} shall be held out", wanted="at least one image on either side", do="Give more data or another share."
-            )
-        return self.rows((~held).nonzero().flatten()), self.rows(held.nonzero().flatten())
+        rest, held = parted(self.labels, len(self), holdout, seed=seed, what="images")
+        return self.rows(rest), self.rows(held)
 
     def check(self, outputs: int) -> None:
         """Raises DataError, naming the first row whose label a network with so many outputs cannot give."""
@@ -75,8 +70,7 @@ class ImageSet:
 
     def batches(self, batch: int, preprocess: Preprocess, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(inputs, labels) of `batch` images and a shorter rest; in order, or shuffled by `seed`. Raises DataError for a file changed since."""
-        order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        for rows in order.split(batch):
+        for rows in batched(len(self), batch, seed):
             part = self.images[rows.numpy()] if isinstance(self.images, np.ndarray) else [decode(self.images[i]) for i in rows.tolist()]
             labels = None if self.labels is None else self.labels[rows]
             yield preprocess(part), labels.long() if labels is not None and labels.dtype == torch.int16 else labels  # masks are held in short

@@ -74,25 +74,24 @@ def _rows(entry: str | File, name: str, columns: Mapping[str, str]) -> Iterator[
 def _table(inputs: Sequence[str | File], tabulate: Tabulate) -> Iterator[tuple[str, Any, str]]:
     """Rows of tables, each by file and line."""
     for found in (read_rows(entry, label=NO_COLUMN) for entry in inputs):
-        for where, cells in zip(found.where, found.cells, strict=True):
-            try:
-                tabulate([cells], where=[where])
-                yield where, cells, ""
-            except DataError as error:
-                yield where, None, error.found.removeprefix(f"{where}: ")
-        yield from ((where, None, why) for where, why in found.skipped)
+        yield from _tried(found.where, found.cells, tabulate, found.skipped)
 
 
 def _series(inputs: Sequence[str | File], align: Align) -> Iterator[tuple[str, Any, str]]:
     """Series of files, each by file and row; labels in them are left alone."""
     for found in (read_series(entry, labelled=False) for entry in inputs):
-        for where, values in zip(found.where, found.values, strict=True):
-            try:
-                align([values], where=[where])
-                yield where, values, ""
-            except DataError as error:
-                yield where, None, error.found.removeprefix(f"{where}: ")
-        yield from ((where, None, why) for where, why in found.skipped)
+        yield from _tried(found.where, found.values, align, found.skipped)
+
+
+def _tried(places: Sequence[str], values: Sequence[Any], feed: Tabulate | Align, skipped: Sequence[tuple[str, str]]) -> Iterator[tuple[str, Any, str]]:
+    """Each by its place, with the reason where it cannot be fed; then those that could not even be read."""
+    for where, value in zip(places, values, strict=True):
+        try:
+            feed([value], where=[where])
+            yield where, value, ""
+        except DataError as error:
+            yield where, None, error.found.removeprefix(f"{where}: ")
+    yield from ((where, None, why) for where, why in skipped)
 
 
 def _is_there(entry: str) -> bool:

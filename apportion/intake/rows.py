@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apportion.errors import DataError, PlanError
 from apportion.intake import parquet
-from apportion.intake.folders import OnSkip, Split, cut, one_class, spread
+from apportion.intake.folders import OnSkip, Split, batched, cut, parted
 from apportion.intake.labels import numbered, parsed
 from apportion.intake.shards import columns_of, ending, pieces
 from apportion.vocab import Task
@@ -127,11 +127,8 @@ class RowSet:
 
     def split(self, holdout: float, *, seed: int = 0) -> tuple[RowSet, RowSet]:
         """(rest, held out): `holdout` of the rows, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
-        held = spread(one_class(self.labels), torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)), holdout)
-        if held.all() or not held.any():
-            found = f"{len(self)} rows, of which {holdout:g} shall be held out"
-            raise DataError(found, wanted="at least one row on either side", do="Give more data or another share.")
-        return self.rows((~held).nonzero().flatten()), self.rows(held.nonzero().flatten())
+        rest, held = parted(self.labels, len(self), holdout, seed=seed, what="rows")
+        return self.rows(rest), self.rows(held)
 
     def check(self, outputs: int) -> None:
         """Raises DataError, naming the first row whose label a network with so many outputs cannot give."""
@@ -145,8 +142,7 @@ class RowSet:
 
     def batches(self, batch: int, tabulate: Tabulate, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(inputs, labels) of `batch` rows and a shorter rest; in order, or shuffled by `seed`. Raises DataError for a row that cannot be read."""
-        order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        for rows in order.split(batch):
+        for rows in batched(len(self), batch, seed):
             some = self.rows(rows)
             yield tabulate(some.cells, where=some.where), some.labels
 

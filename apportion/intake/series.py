@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apportion.errors import DataError, PlanError
 from apportion.intake.archive import SUFFIXES, Entry, Header, entries, is_series
-from apportion.intake.folders import OnSkip, Split, cut, one_class, spread
+from apportion.intake.folders import OnSkip, Split, batched, cut, parted
 from apportion.intake.labels import numbered, parsed
 from apportion.intake.shards import SPLITS
 from apportion.vocab import Task
@@ -101,11 +101,8 @@ class SeriesSet:
 
     def split(self, holdout: float, *, seed: int = 0) -> tuple[SeriesSet, SeriesSet]:
         """(rest, held out): `holdout` of the series, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
-        held = spread(one_class(self.labels), torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)), holdout)
-        if held.all() or not held.any():
-            found = f"{len(self)} series, of which {holdout:g} shall be held out"
-            raise DataError(found, wanted="at least one series on either side", do="Give more data or another share.")
-        return self.rows((~held).nonzero().flatten()), self.rows(held.nonzero().flatten())
+        rest, held = parted(self.labels, len(self), holdout, seed=seed, what="series")
+        return self.rows(rest), self.rows(held)
 
     def check(self, outputs: int) -> None:
         """Raises DataError, naming the first series whose label a network with so many outputs cannot give."""
@@ -119,8 +116,7 @@ class SeriesSet:
 
     def batches(self, batch: int, align: Align, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(inputs, labels) of `batch` series and a shorter rest; in order, or shuffled by `seed`. Raises DataError for a series that does not fit."""
-        order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        for rows in order.split(batch):
+        for rows in batched(len(self), batch, seed):
             some = self.rows(rows)
             yield align(some.values, where=some.where), some.labels
 

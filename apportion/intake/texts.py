@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apportion.errors import DataError, PlanError
 from apportion.intake import parquet
-from apportion.intake.folders import one_class, spread
+from apportion.intake.folders import batched, one_class, parted, spread
 from apportion.intake.labels import numbered, parsed
 from apportion.intake.shards import ending, pieces
 from apportion.methods.task import UNKNOWN
@@ -162,11 +162,8 @@ class TextSet:
 
     def split(self, holdout: float, *, seed: int = 0) -> tuple[TextSet, TextSet]:
         """(rest, held out): `holdout` of the texts, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
-        held = spread(one_class(self.labels), torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)), holdout)
-        if held.all() or not held.any():
-            found = f"{len(self)} texts, of which {holdout:g} shall be held out"
-            raise DataError(found, wanted="at least one text on either side", do="Give more data or another share.")
-        return self.rows((~held).nonzero().flatten()), self.rows(held.nonzero().flatten())
+        rest, held = parted(self.labels, len(self), holdout, seed=seed, what="texts")
+        return self.rows(rest), self.rows(held)
 
     def check(self, outputs: int) -> None:
         """Raises DataError, naming the first row whose label a network with so many outputs cannot give."""
@@ -188,8 +185,7 @@ class TextSet:
 
     def batches(self, batch: int, tokenise: Tokenise, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(inputs, labels) of `batch` texts and a shorter rest; in order, or shuffled by `seed`. Raises DataError for a text that has no tokens."""
-        order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        for rows in order.split(batch):
+        for rows in batched(len(self), batch, seed):
             some = self.rows(rows)
             of_words = some.labels is not None and some.labels.ndim == 2 and not some.labels.is_floating_point()
             yield tokenise(some.texts, where=some.where), tokenise.labelled(some.texts, some.labels) if of_words and some.labels is not None else some.labels
