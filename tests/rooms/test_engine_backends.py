@@ -107,6 +107,13 @@ def test_a_state_goes_in_and_comes_out_as_it_is(toy):
 
 
 @pytest.mark.slow
+def test_shapes_are_fixed(toy):
+    *_, backend, cache = toy
+    if backend == "openvino":
+        assert all("<dim>-1</dim>" not in file.read_text() for file in cache.glob("*.xml")) and list(cache.glob("*.xml"))
+
+
+@pytest.mark.slow
 def test_an_answer_outlives_the_next_call(toy):
     module, graph, *_ = toy
     with serving():

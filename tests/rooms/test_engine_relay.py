@@ -109,6 +109,16 @@ def test_all_may_leave_at_once_or_nobody(warm: Relay) -> None:
     assert warm(samples(20), budget=1e9).path.tolist() == [STATIONS - 1] * 20
 
 
+def test_who_is_never_sure_is_answered_at_the_end(warm: Relay) -> None:
+    inputs = samples(5)
+    whole = warm(inputs, budget=0.7)
+    inputs[2, 0, 0] = math.nan  # what it is compared with stays false, also at the last station
+    answer = warm(inputs, budget=0.7)
+    others = torch.tensor([0, 1, 3, 4])
+    assert answer.path[2] == STATIONS - 1 and answer.logits[2].isnan().all() and torch.equal(answer.path[others], whole.path[others])
+    assert torch.allclose(answer.logits[others], whole.logits[others], atol=1e-6)
+
+
 def test_a_forced_rung_is_taken_by_all(warm: Relay) -> None:
     inputs = samples(7)
     for rung in range(STATIONS):
