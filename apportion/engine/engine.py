@@ -91,7 +91,7 @@ class Engine:
             for size in table.buckets:
                 example = take(state, torch.zeros(size, dtype=torch.int64))
                 answers |= {tuple(table.add(f"rung {k}", (example,), size, progress).shape[1:]) for k in range(self._rungs)}
-        table.same_shape(answers)
+            table.close(answers)
         return table.wanted
 
     def at(self, buckets: Sequence[int]) -> Engine:

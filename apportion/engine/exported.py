@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path as File
-from tempfile import TemporaryDirectory
-from typing import Any, Protocol, final
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +30,27 @@ Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 aten = torch.ops.aten
 
 
+class Loaded(NamedTuple):
+    """A callable from contiguous tensors to fresh ones, safe in any thread, and the bytes of weights that it holds and none before it in the same call."""
+
+    run: Run
+    weight_bytes: int
+
+
 class Runtime(Protocol):
     """What a back-end outside torch has to offer. Weights may lie beside `file`, under the same stem."""
 
     suffix: str
     version: str
     agreement: float  # relative distance to eager, at most, on the example
+    shares: bool  # whether what is loaded in one call holds equal weights once
 
     def convert(self, program: ExportedProgram, file: File) -> None:
         """Write the program in the run time's own format. Whatever it raises is reported by the operators that it names."""
         ...
 
-    def load(self, file: File, *, threads: int) -> Run:
-        """A callable from contiguous tensors to fresh ones, safe in any thread."""
+    def load(self, files: Sequence[File], *, threads: int) -> list[Loaded]:
+        """A callable for each file, in their order."""
         ...
 
 
@@ -87,14 +99,60 @@ def exported(module: nn.Module, example: tuple[Any, ...], *, runtime: Runtime, n
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)  # torch's word to itself, on every copy of a program
         answer = module(*example)
         program = capture(flat, tensors, name)
-        with TemporaryDirectory() as folder:
-            file = (File(folder) if cache is None else cache) / f"{digest(program, runtime)}{runtime.suffix}"
-            if not file.exists():
-                _convert(program, file, runtime, name)
-            call = runtime.load(file, threads=torch.get_num_threads())
-            weight_bytes = sum(part.stat().st_size for part in file.parent.glob(f"{file.stem}.*"))
-        _agree(call(tensors), tensors_of(answer), name, runtime.agreement)
-    return Graph(_sealed(call, example, answer, name), weight_bytes)
+        folder = File(mkdtemp(prefix="apportion-")) if cache is None else cache
+        file = folder / f"{digest(program, runtime)}{runtime.suffix}"
+        stored = Stored(runtime, file, name, partial(_sealed, example=example, answer=answer, name=name))
+        if cache is None:
+            weakref.finalize(stored, shutil.rmtree, folder, ignore_errors=True)
+        if not file.exists():
+            _convert(program, file, runtime, name)
+        (graph,) = load([stored])
+        _agree(tensors_of(graph(*example)), tensors_of(answer), name, runtime.agreement)
+    return graph
+
+
+@final
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class Stored:
+    """A converted graph in a file, to be loaded by itself or with others; the file is there for as long as this is."""
+
+    runtime: Runtime
+    file: File
+    name: str
+    seal: Callable[[Run], Callable[..., Any]]
+
+
+def load(stored: Sequence[Stored]) -> list[Graph]:
+    """All in one call of the run time, which is the same for all."""
+    loaded = stored[0].runtime.load([each.file for each in stored], threads=torch.get_num_threads())
+    return [Graph(each.seal(run), weight_bytes, each) for each, (run, weight_bytes) in zip(stored, loaded, strict=True)]
+
+
+def copied_bytes(graphs: Iterable[Graph]) -> int:
+    """What graphs of a run time that could share weights hold of them beside the largest graph, while each holds its own."""
+    sizes = [size(graph.stored.file) for graph in graphs if graph.stored is not None and graph.stored.runtime.shares]
+    return sum(sizes) - max(sizes, default=0)
+
+
+def resting(graph: Graph) -> Graph:
+    """The same, loaded anew for every call: it takes long and holds nothing between calls."""
+    stored = graph.stored
+    assert stored is not None
+    return Graph(lambda *inputs: load([stored])[0](*inputs), graph.weight_bytes, stored)
+
+
+def together(graphs: Sequence[Graph], seen: Sequence[tuple[tuple[Any, ...], Any]]) -> list[Graph]:
+    """The same in one call of the run time, so that equal weights are held once. `seen`: for each an example and its answer by itself, held against it anew."""
+    made = load([graph.stored for graph in graphs if graph.stored is not None])
+    for graph, (example, answer) in zip(made, seen, strict=True):
+        assert graph.stored is not None
+        _agree(tensors_of(graph(*example)), tensors_of(answer), graph.stored.name, graph.stored.runtime.agreement)
+    return made
+
+
+def size(file: File) -> int:
+    """Bytes of a converted graph with what lies beside it."""
+    return sum(part.stat().st_size for part in file.parent.glob(f"{file.stem}.*"))
 
 
 def capture(flat: Flat, tensors: tuple[Tensor, ...], name: str) -> ExportedProgram:

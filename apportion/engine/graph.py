@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, final, get_args
+from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 import torch
 
 from apportion.errors import EngineError
+
+if TYPE_CHECKING:
+    from apportion.engine.exported import Stored
 
 Backend = Literal["inductor", "eager", "openvino", "onnxruntime", "onnxruntime-int8"]
 ALONE: tuple[Backend, ...] = ("onnxruntime-int8",)
@@ -23,7 +26,9 @@ class Graph:
 
     run: Callable[..., Any]
     weight_bytes: int
-    """What it holds of weights beside the module's own, before a run time pads or packs them: 0 where it shares them."""
+    """What it holds of weights beside the module's own and beside graphs that share them, before a run time pads or packs them."""
+    stored: Stored | None = None
+    """The file that it was loaded from, if it was."""
 
     def __call__(self, *inputs: Any) -> Any:
         return self.run(*inputs)

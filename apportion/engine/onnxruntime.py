@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path as File
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from apportion.engine.exported import AGREEMENT, Run, missing
+from apportion.engine.exported import AGREEMENT, Loaded, missing, size
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 OPSET = 20  # from 23 on attention is one operator, whose mask onnxruntime 1.31 does not broadcast over queries: merged tokens need that
 aten = torch.ops.aten
@@ -20,7 +24,7 @@ aten = torch.ops.aten
 class OnnxRuntime:
     """Raises EngineError where a package is missing."""
 
-    suffix, agreement = ".onnx", AGREEMENT
+    suffix, agreement, shares = ".onnx", AGREEMENT, False
 
     def __init__(self) -> None:
         try:
@@ -36,21 +40,21 @@ class OnnxRuntime:
         assert written is not None  # None is the answer of the exporter that dynamo=True replaces
         written.save(file)
 
-    def load(self, file: File, *, threads: int) -> Run:
+    def load(self, files: Sequence[File], *, threads: int) -> list[Loaded]:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         # Each graph has its own threads: those that wait busily would take the cores from the graph that runs next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        names = [entry.name for entry in session.get_inputs()]
+        sessions = [onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"]) for file in files]
 
-        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        def run(session: InferenceSession, names: Sequence[str], tensors: Sequence[Tensor]) -> list[Tensor]:
             found = session.run(None, dict(zip(names, (tensor.numpy() for tensor in tensors), strict=True)))
             return [torch.from_numpy(array) for array in found]
 
-        return run
+        names = [[entry.name for entry in session.get_inputs()] for session in sessions]
+        return [Loaded(partial(run, session, own), size(file)) for session, own, file in zip(sessions, names, files, strict=True)]
 
 
 @final
@@ -60,14 +64,14 @@ class Int8:
     The scale of an activation is that of the whole batch: an answer would depend on the samples beside it, so batches are of one sample (`ALONE`).
     """
 
-    suffix, agreement = ".onnx", 0.5  # of what is all blank; how good answers are is measured on samples
+    suffix, agreement, shares = ".onnx", 0.5, False  # agreement: of what is all blank; how good answers are is measured on samples
 
     def __init__(self) -> None:
         self._plain = OnnxRuntime()
         self.version: str = f"INT8 {self._plain.version}"
 
-    def load(self, file: File, *, threads: int) -> Run:
-        return self._plain.load(file, threads=threads)
+    def load(self, files: Sequence[File], *, threads: int) -> list[Loaded]:
+        return self._plain.load(files, threads=threads)
 
     def convert(self, program: ExportedProgram, file: File) -> None:
         import onnx

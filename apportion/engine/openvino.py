@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import sys
 from collections.abc import Sequence
+from functools import partial
+from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, MADV_DONTNEED, mmap
 from pathlib import Path as File
-from typing import TYPE_CHECKING, final
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from apportion.engine.exported import AGREEMENT, Run, missing
+from apportion.engine.exported import AGREEMENT, Loaded, missing, size
 
 if TYPE_CHECKING:
-    from openvino import InferRequest
+    from openvino import InferRequest, Model
 
+SMALL = 4096  # bytes: constants below are cheaper to hold twice than to look up
 aten = torch.ops.aten
 
 
@@ -39,7 +46,7 @@ def _max(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
 class OpenVINO:
     """Raises EngineError where the package is missing."""
 
-    suffix, agreement = ".xml", AGREEMENT
+    suffix, agreement, shares = ".xml", AGREEMENT, True
 
     def __init__(self) -> None:
         try:
@@ -65,38 +72,122 @@ class OpenVINO:
         model.reshape(dict(enumerate(shapes(program))))  # the reader leaves them open, which costs a small graph a twentieth of its time
         openvino.save_model(model, file, compress_to_fp16=False)
 
-    def load(self, file: File, *, threads: int) -> Run:
+    def load(self, files: Sequence[File], *, threads: int) -> list[Loaded]:
         import openvino
 
+        core, weights = openvino.Core(), Weights()
+        models = [core.read_model(file) for file in files]
+        if len(models) == 1:
+            whole, held, parts = models[0], [size(files[0])], [Part(None, range(len(models[0].inputs)), range(len(models[0].outputs)))]
+        else:
+            with TemporaryFile() as file:  # what is mapped stays when it is closed
+                held = [weights.hold(model, file) for model in models]
+            whole, parts = joined(models)
         exact = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
-        core = openvino.Core()
-        graph = core.compile_model(core.read_model(file), "CPU", {**exact, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1})
+        graph = core.compile_model(whole, "CPU", {**exact, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1})
+        weights.release()
         idle = [Desk(graph.create_infer_request())]
 
-        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        def run(part: Part, tensors: Sequence[Tensor]) -> list[Tensor]:
             try:
                 desk = idle.pop()
             except IndexError:  # every one is busy in another thread
                 desk = Desk(graph.create_infer_request())
-            answers = desk(tensors)
+            answers = desk(part, tensors)
             idle.append(desk)
             return answers
 
-        return run
+        return [Loaded(partial(run, part), weight_bytes) for part, weight_bytes in zip(parts, held, strict=True)]
+
+
+class Part(NamedTuple):
+    """One graph of a compiled model: what the model's first input must say for it to run (None where it is all there is), and where it reads and writes."""
+
+    number: int | None
+    inputs: Sequence[int]
+    outputs: Sequence[int]
+
+
+@final
+class Weights:
+    """Constants of several models in one file, equal ones once: the run time packs weights once for each array, however many graphs read it."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, Sequence[int], bytes], tuple[mmap, Any]] = {}
+
+    def hold(self, model: Model, file: IO[bytes]) -> int:
+        """Put arrays in `file` in place of the model's own; gives the bytes of what no model before it has brought."""
+        from openvino import opset13 as op
+
+        before = file.tell()
+        for node in model.get_ops():
+            if node.get_type_name() == "Constant":  # a small one is copied, or the whole file that it was read from would stay in memory
+                large = node.data.nbytes >= SMALL
+                node.output(0).replace(op.constant(self._array(node.data, file) if large else node.data, shared_memory=large).output(0))
+        return file.tell() - before
+
+    def release(self) -> None:
+        """Out of memory what nobody may read again; whoever does reads the file."""
+        if sys.platform == "linux":
+            for mapped, _ in self._known.values():
+                mapped.madvise(MADV_DONTNEED)
+
+    def _array(self, given: Any, file: IO[bytes]) -> Any:
+        content = given.tobytes()
+        form = (given.dtype.str, given.shape, hashlib.sha256(content).digest())
+        if form not in self._known:
+            begin = file.tell()
+            file.write(content + bytes(-len(content) % ALLOCATIONGRANULARITY))
+            file.flush()
+            mapped = mmap(file.fileno(), len(content), access=ACCESS_COPY, offset=begin)  # writable, as the run time wants it, though nobody writes
+            self._known[form] = mapped, np.ndarray(given.shape, given.dtype, mapped)
+        return self._known[form][1]
+
+
+def joined(models: Sequence[Model]) -> tuple[Model, list[Part]]:
+    """One model of which each call runs one: its first input is the number of it. Inputs of one shape and place are the same for all."""
+    from openvino import Model
+    from openvino import opset13 as op
+
+    which = op.parameter([], np.int64)
+    given, answers, parts = dict[tuple[Any, ...], Any](), list[Any](), list[Part]()
+    for number, model in enumerate(models):
+        blank = [op.constant(np.empty([0] * len(out.shape), out.get_element_type().to_dtype())) for out in model.outputs]
+        nothing = Model(blank, [])  # pyright: ignore[reportGeneralTypeIssues]  # it is told of a base class of its own only
+        branch = op.if_op(op.equal(which, op.constant(np.int64(number))).output(0))
+        branch.set_then_body(model)
+        branch.set_else_body(nothing)
+        inputs = list[int]()
+        for place, own in enumerate(model.get_parameters()):
+            form = (place, tuple(own.shape), own.get_element_type().to_string())
+            if form not in given:
+                given[form] = op.parameter(own.shape, own.get_element_type())
+            branch.set_input(given[form].output(0), own, None)  # pyright: ignore[reportArgumentType]  # nothing takes no input
+            inputs.append(1 + list(given).index(form))
+        parts.append(Part(number, inputs, range(len(answers), len(answers) + len(blank))))
+        answers += [op.result(branch.set_output(*both)) for both in zip(model.get_results(), nothing.get_results(), strict=True)]
+    return Model(answers, [which, *given.values()]), parts  # pyright: ignore[reportGeneralTypeIssues]
 
 
 @final
 class Desk:
-    """One request and the memory that it reads and writes: its shapes are fixed, so nothing is bound or allocated anew from call to call."""
+    """One request and the memory that it reads and writes: where shapes are fixed nothing is bound or allocated anew from call to call."""
 
     def __init__(self, request: InferRequest) -> None:
         self._request = request
         self._inputs = [torch.from_numpy(tensor.data) for tensor in request.input_tensors]
-        self._outputs = [torch.from_numpy(tensor.data) for tensor in request.output_tensors]
+        fixed = [port.partial_shape.is_static for port in request.model_outputs]
+        self._outputs = [torch.from_numpy(request.get_output_tensor(k).data) if known else None for k, known in enumerate(fixed)]
 
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        for own, tensor in zip(self._inputs, tensors, strict=True):
-            own.copy_(tensor)
+    def __call__(self, part: Part, tensors: Sequence[Tensor]) -> list[Tensor]:
+        if part.number is not None:
+            self._inputs[0].fill_(part.number)
+        for place, tensor in zip(part.inputs, tensors, strict=True):
+            self._inputs[place].copy_(tensor)
         self._request.start_async()
         self._request.wait()
-        return [own.clone() for own in self._outputs]
+        return [self._answer(place) for place in part.outputs]
+
+    def _answer(self, place: int) -> Tensor:
+        own = self._outputs[place]
+        return torch.from_numpy(self._request.get_output_tensor(place).data.copy()) if own is None else own.clone()

@@ -84,11 +84,14 @@ class Packs:
 
     def warm(self, progress: Callable[[str], None] | None = None) -> int:
         """Build every graph that is not built yet and return how many there are. Raises EngineError."""
+        table = self._table
+        if table.whole:
+            return table.wanted
         with serving():
-            blank = self._table.blank()
-            for size in self._table.buckets:
-                self._table.add("rows", (blank[:size].clone(), blank.new_zeros(size, self.length)), size, progress)
-        return self.wanted
+            blank = table.blank()
+            found = [table.add("rows", (blank[:size].clone(), blank.new_zeros(size, self.length)), size, progress) for size in table.buckets]
+            table.close({tuple(answer.shape[1:]) for answer in found})
+        return table.wanted
 
     def tokens_run(self, inputs: Tensor) -> int:
         """Tokens that go through the layers for these texts, padding between texts and in the last batch of rows included."""

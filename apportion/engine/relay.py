@@ -87,7 +87,7 @@ class Relay:
                 found = [table.add(f"station {station}", (_rows(given, row),), len(row), progress) for row in rows]
                 given, logits = found[-1][:2]
                 answers.add(tuple(logits.shape[1:]))
-        table.same_shape(answers)
+            table.close(answers)
         return table.wanted
 
     def at(self, buckets: Sequence[int]) -> Relay:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from apportion.engine import COARSE, Engine, build, serving
 from apportion.engine.compile import RUNTIMES
-from apportion.engine.exported import Flat, capture, digest
+from apportion.engine.exported import Flat, Loaded, capture, digest
 from apportion.engine.table import Table
 from apportion.errors import EngineError, NoEffect
 from apportion.network import Architecture, Network, put
@@ -184,9 +184,9 @@ def test_a_converted_graph_that_is_another_function_is_refused(toy, monkeypatch)
     runtime = type(RUNTIMES[backend]())
     load = runtime.load
 
-    def wrong(self, file, *, threads):
-        call = load(self, file, threads=threads)
-        return lambda tensors: [out * 1.1 if out.is_floating_point() else out for out in call(tensors)]
+    def wrong(self, files, *, threads):
+        ((call, weight_bytes),) = load(self, files, threads=threads)
+        return [Loaded(lambda tensors: [out * 1.1 if out.is_floating_point() else out for out in call(tensors)], weight_bytes)]
 
     monkeypatch.setattr(runtime, "load", wrong)
     with pytest.raises(EngineError, match=r"toy, whose converted graph .* away from eager"):
