@@ -42,6 +42,15 @@ def _max(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     return aten.amax(x, [dim], keepdim), aten.argmax(x, dim, keepdim)
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *rest: Any, **others: Any) -> Any:
+    """Written out where tokens are as many as heads: the fused kernel cannot tell then which is which, and takes one for the other."""
+    if query.shape[-2] != query.shape[-3] or rest or others:
+        return NotImplemented
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    out = (scores if bias is None else scores + bias).softmax(-1) @ value
+    return out.transpose(1, 2).contiguous().transpose(1, 2)  # in memory as the kernel leaves it, because views of it follow
+
+
 @final
 class OpenVINO:
     """Raises EngineError where the package is missing."""
@@ -53,7 +62,7 @@ class OpenVINO:
             import openvino
         except ModuleNotFoundError as error:
             raise missing("openvino") from error
-        self.version = f"{openvino.__version__}, static"
+        self.version = f"{openvino.__version__}, static, square attention written out"
 
     def convert(self, program: ExportedProgram, file: File) -> None:
         import openvino
@@ -63,7 +72,7 @@ class OpenVINO:
         # The front end itself, because openvino.convert_model reports its use to the vendor unless the user opted out.
         reader = FrontEndManager().load_by_framework("pytorch")
         logging.getLogger().addFilter(_wanted)
-        plain = program.run_decompositions({aten.max.dim: _max})
+        plain = program.run_decompositions({aten.max.dim: _max, aten.scaled_dot_product_attention.default: _attend})
         try:
             source = TorchFXPythonDecoder.from_exported_program(plain)  # the reader does not keep it alive
         finally:

@@ -209,6 +209,21 @@ def test_ties_are_broken_as_eager_breaks_them(backend):
 
 @pytest.mark.slow
 @both
+@pytest.mark.parametrize("reduced", [False, True])
+def test_as_many_tokens_as_heads(backend, reduced):
+    torch.manual_seed(0)
+    network = Network(Architecture(image_size=8, patch=4, dim=16, depth=2, heads=4, hidden=16, classes=3, class_token=False, pool="mean"))
+    put(network, Choice("reducer", "tome"))
+    shake(network.eval().requires_grad_(False))
+    path = network.space.path(tokens=(4, 3)) if reduced else network.space.full
+    x = torch.randn(2, 3, 8, 8)
+    with serving():
+        graph = build(network.at(path), (x,), backend=backend, name="square")
+        assert_close(graph(2 * x), network(2 * x, path), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@both
 def test_an_operator_that_does_not_convert_is_named(backend):
     with pytest.raises(EngineError, match=r"rung 3, of which aten\._?linalg_eig\w+ does not convert"):
         build(Unread(), (torch.randn(3, 3),), backend=backend, name="rung 3")
