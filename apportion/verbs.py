@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path as File
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from apportion import methods
 from apportion.control import candidates, exits
 from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.answers import spelled
-from apportion.deliver.costs import chosen_lengths, profile
+from apportion.deliver.beginning import at_once, foreseen, graph_lengths, one_of, perceiver_of, to_scale, wanted
+from apportion.deliver.costs import profile
 from apportion.deliver.deciding import BATCH, control, outcomes
 from apportion.deliver.ranking import Ranking, Tell, Wanted, made_up, rank, silent
 from apportion.deliver.weighing import Weighed, check_time, fast_enough, typical, weigh
-from apportion.engine import Backend
-from apportion.errors import DataError, EngineError, NoEffect, PlanError
+from apportion.errors import DataError, NoEffect, PlanError
 from apportion.intake import KINDS, Feed, Parts, Pooling, Preprocess, Samples, Tokenise, fresh, matched, opened, read_model, reader
 from apportion.intake.labels import span
+from apportion.intake.laid import gathered
 from apportion.intake.parts import FEWEST, bare
 from apportion.measure.inspect import Inspection, inspected
 from apportion.methods.task import SURE
-from apportion.network import Architecture, Network, Perceiver, PerceiverArchitecture, fit_bridges, left_out, put, sort_by_importance
+from apportion.network import Architecture, Network, Perceiver, fit_bridges, left_out, put, sort_by_importance
 from apportion.train import Data, Images, Recipe, Sounds, Texts, acm, classes, dense, fit, nested, sandwich
 from apportion.train.tasks import taught_by
-from apportion.vocab import Choice, Ladder, Plan, Task
+from apportion.vocab import Budget, Choice, Ladder, Plan, Task
 
 BRIDGING = 1000  # samples on which maps are fitted and judged, at most
+CHOOSE: tuple[Task, ...] = ("classification", "token_classification", "segmentation")  # one class among several
 GATE = 16  # hidden units of an adaptive computation module's gate, as published
 
 
@@ -52,7 +55,7 @@ def adapt(
     task: Task | None = None,
     pooling: Pooling | None = None,
     backend: Wanted = "inductor",
-    buckets: Sequence[int] = (1, 8, 32),
+    buckets: Sequence[int] | None = None,
     repeats: int = 30,
     tell: Tell = silent,
 ) -> Weighed:
@@ -62,14 +65,15 @@ def adapt(
     on samples that nothing else saw. For other tasks than one class, points are hundredths of the task's own measure (`measure.judge`), and `task` says what
     outputs mean where the model does not. A model of texts is a folder as transformers or sentence-transformers writes it: texts are cut to `length` tokens, an
     encoder without a head takes `pooling`, and `columns` says what "text", "label" and, for a second text, "pair" are called in the data. Graphs are built for
-    doubled lengths, or for those that the texts ask for where these save enough. With `backend="auto"` back-ends are timed first. Raises the errors of
-    the rooms it visits: Refused for a model that cannot be read exactly, DataError for data, ControlError where no budget holds the tolerance, or the samples
-    are too few to certify it.
+    doubled lengths, or for those that the texts ask for where these save enough. With `backend="auto"` back-ends are timed first. `tell=print` says how far
+    it is, with the progress of training; without it nothing is said. Raises the errors of the rooms it visits: Refused for a model that cannot be read
+    exactly, DataError for data, ControlError where no budget holds the tolerance, or the samples are too few to certify it.
     """
-    plan = plan or Plan()
+    plan, buckets = plan or Plan(), at_once(backend, buckets) or (1, 8, 32)
     plan = plan if tolerance is None else replace(plan, tolerance=tolerance)
     plan = plan if confidence is None else replace(plan, confidence=confidence)
-    tell(f"reading {model if not isinstance(model, nn.Module) else type(model).__name__}")
+    if not isinstance(model, Network):
+        tell(f"reading {model if not isinstance(model, nn.Module) else type(model).__name__}")
     source = read_model(model, timm_name=timm_name, random=random, preprocess=preprocess, length=length, task=task, pooling=pooling)
     feed, task = source.fed, source.network.architecture.task
     check_task(task, plan)
@@ -82,6 +86,8 @@ def adapt(
         source.network.architecture = replace(source.network.architecture, span=span([samples.labels for samples in (parts.decide, parts.place)]))
     reference = copy.deepcopy(source.network).eval().requires_grad_(False)
     feed = source.fed
+    dense_quality = outcomes(reference, Ladder((reference.space.full,), 0), parts.report, feed).quality[:, 0]
+    foreseen(dense_quality, parts.report, task, tell)
     chosen = graph_lengths(reference, parts, feed, tell)
     ranking = None
     if backend == "auto":
@@ -89,7 +95,6 @@ def adapt(
         backend = ranking.backend
     taught = prepare(source.network, parts, feed, plan, folder=None if out is None else File(out) / "training", tell=tell)
     adapted, seen = control(taught, reference, parts, source, plan, chosen=chosen, backend=backend, buckets=buckets, tell=tell)
-    dense_quality = outcomes(reference, Ladder((reference.space.full,), 0), parts.report, feed).quality[:, 0]
     weighed = weigh(adapted, reference, parts.report, seen, dense_quality, ranking=ranking, repeats=repeats, tell=tell)
     if plan.never_slower and (faster := fast_enough(weighed, tell=tell)) is not None:
         adapted, seen = control(taught, reference, parts, source, plan, ladder=faster, chosen=chosen, backend=backend, buckets=buckets, tell=tell)
@@ -100,15 +105,6 @@ def adapt(
         weighed.adapted.save(out, extra=weighed.files())
         tell(f"written to {out}")
     return weighed
-
-
-def graph_lengths(network: Network, parts: Parts, feed: Feed, tell: Tell) -> tuple[int, ...]:
-    """Lengths of text to build graphs for, none where it is doubled ones, or no texts."""
-    found, saved = chosen_lengths(network, parts.decide, parts.place, feed)
-    if isinstance(feed, Tokenise):
-        tell(f"graphs for texts of {', '.join(map(str, found))} tokens" if found else "graphs for doubled lengths of text")
-        tell(f"lengths from traffic {'save' if found else 'would save'} {100 * saved:.1f} % of the tokens that doubled ones run")
-    return found
 
 
 def scratch(
@@ -145,43 +141,27 @@ def scratch(
     assert samples is not None  # Parts.read was asked for some
     feed, shape = fresh.fitted(begun, samples, architecture, task=task, length=length, vocabulary=vocabulary)
     parts.check(shape.classes)
+    if shape.classes < 2 and task in CHOOSE:
+        raise DataError(f"{what} of {shape.classes} class", wanted="two or more: of one there is nothing to tell apart", do="Add others, or name another task.")
     if len(parts.decide) < FEWEST:
         found = f"{len(parts.decide)} {what} to learn decisions from and {len(samples)} that teach, beside {len(parts.report)} for the test"
         raise DataError(found, wanted=f"at least {FEWEST} for decisions, a quarter of what is no test", do="Give more data, or fewer of them as the test.")
     torch.manual_seed(recipe.seed)
     network = perceiver_of(shape, task) if perceiver else Network(shape)
     if task == "regression" and samples.labels is not None:
-        _to_scale(network, samples.labels)
+        to_scale(network, samples.labels)
     tell(f"training {shape.depth} blocks of width {shape.dim} on {len(samples)} {what}")
     if recipe.steps(len(samples)) < least_steps:
         recipe = replace(recipe, epochs=least_steps * recipe.batch / len(samples))
         tell(f"{recipe.epochs:.0f} epochs, which is {least_steps} steps: there are few {what}")
     recipe = recipe if which is Preprocess else replace(recipe, crop_padding=0, flip=False)
+    inputs = _data(samples, feed, folder, tell)
     if isinstance(network, Perceiver):
-        fit(network, _memory(samples, feed), nested(classes(label_smoothing=recipe.label_smoothing)), recipe=recipe, folder=folder)
+        fit(network, inputs, nested(classes(label_smoothing=recipe.label_smoothing)), recipe=recipe, folder=folder, progress=tell is not silent)
     else:
         objective = dense(label_smoothing=recipe.label_smoothing, task=task, span=shape.span)
-        fit(network, _memory(samples, feed), objective, recipe=recipe, folder=folder)
+        fit(network, inputs, objective, recipe=recipe, folder=folder, progress=tell is not silent)
     return network, feed, parts
-
-
-def perceiver_of(a: Architecture, task: Task) -> Perceiver:
-    """One of this shape, whose latents are a sixteenth, an eighth, a quarter and half of the patches. Raises PlanError for other than classes of pictures."""
-    if not a.image_size or task != "classification":
-        raise PlanError(f"a perceiver for {task}, image size {a.image_size}", wanted="classes of pictures", do="Leave the method out.")
-    patches = (a.image_size // a.patch) ** 2
-    shared = {name: getattr(a, name) for name in ("image_size", "patch", "dim", "depth", "heads", "hidden", "classes", "channels", "stem", "activation", "eps")}
-    return Perceiver(PerceiverArchitecture(**shared, latents=tuple(sorted({max(1, patches // part) for part in (16, 8, 4, 2)}))))
-
-
-def _to_scale(network: Network, numbers: Tensor) -> None:
-    """Answers of an untrained network as far apart, and about as large, as these numbers (n, outputs): steps of a thousandth would not get there in time."""
-    project: Any = network.head.project
-    last = [part for part in project.modules() if isinstance(part, nn.Linear)][-1]
-    with torch.no_grad():
-        last.weight.mul_(numbers.std(0, correction=0).clamp_min(torch.finfo(numbers.dtype).tiny)[:, None])
-        if last.bias is not None:
-            last.bias.copy_(numbers.mean(0))
 
 
 def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: File | None, tell: Tell) -> Network:
@@ -197,7 +177,10 @@ def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: F
     some = samples.rows(range(min(256, len(samples))))
     tell("sorting units by importance")
     sort_by_importance(network, (inputs for inputs, _ in some.batches(BATCH, feed)))
-    if any((choice.slot, choice.name) == ("bridge", "surrogate") for choice in plan.choices):
+    maps = any((choice.slot, choice.name) == ("bridge", "surrogate") for choice in plan.choices)
+    if plan.taught == "maps" and not (maps and plan.epochs > 0):
+        raise PlanError("maps that alone are taught, but none or no epochs", wanted="the bridge surrogate, and epochs", do="Use the method `exits`.")
+    if maps:
         bridged(network, samples, feed, plan, tell=tell)
     if plan.epochs > 0:
         if parts.teach is None:
@@ -208,24 +191,35 @@ def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: F
         recipe = Recipe(epochs=plan.epochs, batch=plan.batch, learning_rate=plan.learning_rate, seed=plan.seed, crop_padding=crop)
         # Tokens of an early exit that had to look like the full path's own would hold it back.
         paths, weight = (exits, 0.1) if plan.control == "checkpoints" else (candidates, 1.0)
+        if plan.taught == "maps":
+            network.requires_grad_(False)
+            network.bridge.requires_grad_(True)
+            weight = 0.0
+        # A full path that stays as it is teaches as well as its copy would; without labels a loss of its own is asked of it, and the copy makes that 0.
+        by = None if plan.taught == "maps" and parts.teach.labels is not None else teacher
         objective, data = (
-            sandwich(paths(network.space, plan.glance), teacher=teacher, feature_weight=weight, task=a.task, span=a.span),
-            _memory(parts.teach, feed),
+            sandwich(paths(network.space, plan.glance), teacher=by, feature_weight=weight, task=a.task, span=a.span),
+            _data(parts.teach, feed, folder, tell),
         )
         if gated(plan):
-            acm.teach(network, data, teacher=teacher, last=objective, recipe=recipe, folder=folder)
+            acm.teach(network, data, teacher=teacher, last=objective, recipe=recipe, folder=folder, progress=tell is not silent)
         else:
-            fit(network, data, objective, recipe=recipe, folder=folder)
+            fit(network, data, objective, recipe=recipe, folder=folder, progress=tell is not silent)
     elif gated(plan):
         raise PlanError("a gate that nothing has taught", wanted="some epochs: it would deal out compute by the order of tokens", do="Give the plan epochs.")
     return network.eval().requires_grad_(False)
 
 
 def bridged(network: Network, samples: Samples, feed: Feed, plan: Plan, *, tell: Tell) -> None:
-    """Maps for the runs of blocks that candidate paths leave out, or that the plan names: fitted on three quarters of some samples, judged on the others."""
+    """Maps for the runs of blocks that candidate paths leave out, or that the plan names: fitted on three quarters of some samples, judged on the others.
+
+    Those that are to be taught begin as no maps at all."""
     runs = network.bridge.runs or left_out(network, (exits if plan.control == "checkpoints" else candidates)(network.space, plan.glance))
     if not runs:
         raise NoEffect("a bridge in a network whose blocks all run", wanted="one that may leave some out", do="Put a depth method into the plan.")
+    if plan.taught == "maps":
+        network.bridge = methods.find("bridge", "surrogate")(network.architecture.dim, runs).to(next(network.parameters()))
+        return
     count = min(BRIDGING, len(samples))
     tell(f"fitting maps for {len(runs)} runs of blocks that paths leave out on {count} {KINDS[type(feed)][1]}")
     fit_on, judge_on = ([inputs for inputs, _ in samples.rows(rows).batches(BATCH, feed)] for rows in (range(3 * count // 4), range(3 * count // 4, count)))
@@ -244,13 +238,17 @@ def check_task(task: Task, plan: Plan) -> None:
 
 def with_method(plan: Plan, name: str) -> Plan:
     """The plan with a method that needs more than its slot: `acm`, a gate for every token in place of nested widths, taught in an order of its own; or
-    `surrogate`, fitted maps in place of blocks that are left out; or `perceiver`, the settings of a network that brings them. Raises PlanError."""
+    `surrogate`, fitted maps in place of blocks that are left out; or `exits`, the same maps, taught, before the head of each exit, and nothing else changes; or
+    `perceiver`, the settings of a network that brings them. Raises PlanError."""
     if name == "perceiver":
         return replace(plan, choices=(), glance=0, epochs=0.0)
     if name == "surrogate":
         return replace(plan, choices=(*plan.choices, Choice("bridge", "surrogate")))
+    if name == "exits":
+        choices = (Choice("depth", "skip"), Choice("bridge", "surrogate"))
+        return replace(plan, choices=choices, control="checkpoints", taught="maps", epochs=plan.epochs or 3.0, batch=32, learning_rate=3e-3)
     if name != "acm":
-        raise PlanError(f"method {name!r}", wanted="acm, surrogate or perceiver", do="Name other methods in the plan's choices.")
+        raise PlanError(f"method {name!r}", wanted="acm, exits, surrogate or perceiver", do="Name other methods in the plan's choices.")
     return replace(plan, choices=(*(choice for choice in plan.choices if choice.slot != "ffn"), Choice("ffn", "acm", options={"gate": GATE})))
 
 
@@ -259,12 +257,12 @@ def gated(plan: Plan) -> bool:
     return any(choice.name == "acm" and choice.options.get("gate") for choice in plan.choices)
 
 
-def _memory(samples: Samples, feed: Feed) -> Data:
-    """All samples in memory, as inputs."""
+def _data(samples: Samples, feed: Feed, folder: File | None, tell: Tell) -> Data:
+    """All samples as inputs, in memory, or where they are too many, in a file in `folder`; texts always in memory."""
     if isinstance(feed, Tokenise):
         inputs, labels = next(samples.batches(len(samples), feed))
         return Texts(inputs, labels, padding=feed.padding)
-    inputs = torch.cat([inputs for inputs, _ in samples.batches(BATCH, feed)])
+    inputs = gathered(samples, feed, folder=folder, tell=tell)
     return Images(inputs, samples.labels) if isinstance(feed, Preprocess) else Sounds(inputs, samples.labels)
 
 
@@ -282,7 +280,7 @@ def bench(
 
     Without `buckets`, at the bundle's own batch sizes.
     """
-    adapted, ranking = load(folder, backend="eager" if backend == "auto" else backend, buckets=buckets), None
+    adapted, ranking = load(folder, backend="eager" if backend == "auto" else backend, buckets=at_once(backend, buckets)), None
     bundle, feed = adapted.bundle, adapted.bundle.preprocess
     task = bundle.network.architecture.task
     samples = reader(feed, bundle.classes or None, columns, task=task)(data, split="test")
@@ -319,14 +317,23 @@ def run(
     tell: Tell = silent,
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Answer (`spelled`), path and GMACs of each picture or recording in files and folders, or each text, and what could not be read, with the reason."""
-    adapted, rows, skipped = load(folder, backend=backend, cache=cache, tell=tell), list[dict[str, Any]](), list[tuple[str, str]]()
+    spent = None if budget is None else Budget.parse(budget)  # a wrong word is refused before anything is built
+    adapted = load(folder, backend=backend, buckets=at_once(backend, None), cache=cache, tell=tell)
+    rows, skipped = list[dict[str, Any]](), list[tuple[str, str]]()
     given = opened(inputs, adapted.bundle.preprocess, columns)
-    while part := list(islice(given, BATCH)):
+    parts = iter(lambda: list(islice(given, BATCH)), [])
+    first = next(parts, [])
+    few = adapted.buckets[: bisect_left(adapted.buckets, len(first)) + 1]  # one picture needs no graphs for batches
+    if few != adapted.buckets:
+        adapted = Adapted(adapted.bundle, backend=adapted.backend, buckets=few, engine=adapted.engine.at(few))
+    if adapted.backend != "eager":
+        adapted.warm(tell)
+    for part in chain([first], parts):
         skipped += [(name, why) for name, _, why in part if why]
         some = [(name, one) for name, one, why in part if not why]
         if not some:
             continue
-        answer = adapted([one for _, one in some], budget)
+        answer = adapted([one for _, one in some], spent)
         for (file, one), logits, rung, gmacs in zip(some, answer.logits, answer.path.tolist(), answer.cost.tolist(), strict=True):
             text = {"text": one} if isinstance(adapted.bundle.preprocess, Tokenise) else {}
             path = adapted.bundle.ladder.paths[rung].name
@@ -335,10 +342,27 @@ def run(
 
 
 def inspect(
-    model: str | File | nn.Module, *, timm_name: str | None = None, random: bool = False, image_size: int | None = None, length: int | None = None
+    model: str | File | nn.Module,
+    *,
+    timm_name: str | None = None,
+    random: bool = False,
+    image_size: int | None = None,
+    length: int | None = None,
+    cache: File | None = None,
 ) -> Inspection:
-    """What a model is read as, and which axes of it can adapt; nothing is trained or measured. Raises as `read_model` does."""
-    return inspected(read_model(model, timm_name=timm_name, random=random, image_size=image_size, length=length).network)
+    """What a model is read as, or what a bundle holds, when it was held against its source, and which axes of it can adapt; nothing is trained or measured.
+
+    `cache` as `read_model` has it. Raises as `read_model` and `load` do, and NoEffect for a cache with a bundle.
+    """
+    if not isinstance(model, nn.Module) and (File(model) / "plan.toml").is_file():
+        if cache is not None:
+            raise NoEffect("a cache for a bundle", wanted="a model of another library", do="Leave it out: a bundle was tested when it was made.")
+        bundle = load(model, backend="eager").bundle
+        found, day = inspected(bundle.network), bundle.provenance.get("source", {}).get("equality_tested_on")
+        return found if day is None else replace(found, recognised=(*found.recognised, ("equality", f"with its source tested on {day}")))
+    source = read_model(model, timm_name=timm_name, random=random, image_size=image_size, length=length, cache=cache)
+    found = inspected(source.network)
+    return replace(found, recognised=(*found.recognised, ("equality", source.equality)))
 
 
 def backends(
@@ -365,24 +389,4 @@ def systems(name: str | None = None) -> list[dict[str, Any]]:
     return found
 
 
-def backend(name: str) -> Backend:
-    """A back-end by name. Raises EngineError."""
-    for known in get_args(Backend):
-        if name == known:
-            return known
-    raise EngineError(f"back-end {name!r}", wanted=f"one of {get_args(Backend)}", do="Name one of these.")
-
-
-def wanted(name: str) -> Wanted:
-    """A back-end by name, or `auto`. Raises EngineError."""
-    return "auto" if name == "auto" else backend(name)
-
-
-def one_of(kind: Any, name: str | None) -> Any:
-    """A word of a Literal, such as Task or Pooling, by name; None for none. Raises PlanError."""
-    if name is not None and name not in get_args(kind):
-        raise PlanError(f"{name!r}", wanted=f"one of {', '.join(get_args(kind))}", do="Name one of these.")
-    return name
-
-
-__all__ = ["Parts", "adapt", "bench", "demo", "load", "run", "scratch", "systems"]
+__all__ = ["Parts", "adapt", "bench", "demo", "load", "one_of", "run", "scratch", "systems", "wanted"]

@@ -303,6 +303,7 @@ class Plan:
     search: Literal["macs", "ms"] = "macs"  # what the served paths are chosen to save; ms of this device are foretold from a few paths that are built and timed
     never_slower: bool = True  # a path that is not faster than the dense model on this device is not served
     epochs: float = 0.0  # of sandwich distillation; 0 adapts without training
+    taught: Literal["network", "maps"] = "network"  # what learns in them; maps alone, which stand for blocks left out, leave the full path as it was read
     batch: int = 128
     learning_rate: float = 5e-4
     seed: int = 0

@@ -20,11 +20,21 @@ def cifar(data: Data, runs: File = File("runs/cifar"), seeds: str = "0,1,2") -> 
 
 
 @app.command()
-def smaller(data: Data, runs: File = File("runs/cifar")) -> None:
-    """Smaller networks trained alike, beside the adaptive one of `cifar` at the same cost."""
+def smaller(
+    data: Data,
+    runs: File = File("runs/cifar"),
+    model: Annotated[File | None, typer.Option(help="Texts instead of pictures: the folder of all-MiniLM-L6-v2, as sentence-transformers writes it.")] = None,
+    texts: Annotated[File, typer.Option(help="Where networks of texts go.")] = File("runs/text"),
+    sets: str = "banking77",
+    blocks: Annotated[str, typer.Option(help="Of texts: sizes to train, such as 2,3; without, those about the adaptive one's cost.")] = "",
+) -> None:
+    """Smaller networks trained alike, beside the adaptive one of `cifar`, or of `text`, at the same cost."""
     from bench import smaller as bench
 
-    bench.main(data, runs)
+    if model is None:
+        bench.main(data, runs)
+    else:
+        bench.texts(data, model, texts, sets=sets.split(","), depths=[int(each) for each in blocks.split(",") if each])
 
 
 @app.command()
@@ -43,7 +53,7 @@ def text(
     model: Annotated[File, typer.Option(help="The folder of all-MiniLM-L6-v2, as sentence-transformers writes it.")],
     runs: File = File("runs/text"),
     sets: str = "sst2",
-    repeats: int = 12,
+    repeats: int = 6,
 ) -> None:
     """A pretrained MiniLM-L6 on sentences, fine-tuned by us, dense against adaptive."""
     from bench import text as bench
@@ -191,11 +201,12 @@ def distil(data: Data, runs: File = File("runs/cifar")) -> None:
 
 
 @app.command()
-def reading() -> None:
-    """What reading a text model costs over loading it."""
+def reading(part: Annotated[str, typer.Option(help="models or streaming.")] = "models") -> None:
+    """What reading a text model costs over loading it; or the memory that samples take which are larger than a bound."""
     from bench import reading as bench
+    from bench import streaming
 
-    bench.main()
+    {"models": bench, "streaming": streaming}[part].main()
 
 
 @app.command()

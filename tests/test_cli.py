@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from apportion import cli, verbs
-from apportion.deliver import deciding, weighing
+from apportion.deliver import deciding, tables, weighing
 from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.bundle import save
 from apportion.deliver.costs import profile
@@ -70,9 +72,77 @@ def test_help_waits_for_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+def test_remarks_of_other_libraries_are_not_passed_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def remark(name: str | None) -> list[dict[str, Any]]:
+        logging.getLogger("somebody").warning("an attribute is ambiguous")
+        logging.getLogger("somebody").error("the disk is full")
+        return []
+
+    monkeypatch.setattr(verbs, "systems", remark)
+    monkeypatch.setattr(sys, "argv", ["apportion", "systems"])
+    try:
+        with pytest.raises(SystemExit):
+            cli.main()
+    finally:
+        logging.disable(logging.NOTSET)
+    assert caplog.messages == ["the disk is full"]
+
+
 def test_help_names_every_command() -> None:
     found = subprocess.run([sys.executable, "-m", "apportion", "--help"], capture_output=True, text=True, check=True).stdout
     assert all(f" {command} " in found for command in ("adapt", "bench", "demo", "doctor", "report", "run", "systems"))
+
+
+def test_tables_have_words_to_the_left_and_numbers_to_the_right_whole_on_a_narrow_screen() -> None:
+    def shown(width: int, *rows: list[str], head: tuple[str, ...] = ("", "path", "ms")) -> list[str]:
+        with (console := Console(width=width)).capture() as held:
+            console.print(tables.grid("title", head, rows))
+        return [line.rstrip() for line in held.get().splitlines() if line.strip(" ─")]
+
+    wide = shown(80, ["a [b]", "d1", "10.5"], ["c", "d12_t4", "-2.25"], ["d", "", ""])
+    assert [line.split() for line in wide[2:4]] == [["a", "[b]", "d1", "10.5"], ["c", "d12_t4", "-2.25"]]
+    assert wide[2].index("d1") == wide[3].index("d12") and len(wide[2]) == len(wide[3])
+    narrow = "".join(shown(24, ["x" * 30, "y", "1.0"]))
+    assert narrow.count("x") == 30 and "…" not in narrow
+    assert shown(80, ["cpu", "EPYC"], head=("", ""))[1].split() == ["cpu", "EPYC"]  # no head where no column has a name
+
+
+def test_work_of_small_networks_is_more_than_zeros() -> None:
+    assert tables.work([0.000512345, 0.0002]) == ["0.0005123", "0.0002000"] and tables.work([17.4, 0.25]) == ["17.40", "0.25"] and tables.work([]) == []
+
+
+def test_quiet_means_that_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def demo(to: File, *, tell: object, **options: object) -> None:
+        asked.append(tell)
+        raise DataError("nothing", wanted="something", do="Bring it.")
+
+    monkeypatch.setattr(verbs, "demo", demo)
+    assert shell("demo", "--quiet").exit_code == shell("demo").exit_code == 5
+    assert asked == [verbs.silent, cli.tell]
+
+
+@pytest.mark.parametrize("tell", [verbs.silent, print])
+def test_who_is_told_nothing_sees_no_training_either(tell: verbs.Tell, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(verbs, "fit", lambda *given, progress, **options: seen.append(progress))
+    network, feed, parts = verbs.scratch("digits", recipe=verbs.Recipe(epochs=1), architecture=replace(small().architecture, classes=10), tell=tell)
+    verbs.prepare(network, parts, feed, Plan(epochs=1.0), folder=None, tell=tell)
+    assert seen == [tell is print] * 2
+
+
+def test_slower_paths_are_served_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+
+    def adapt(*given: object, plan: Plan, **options: object) -> None:
+        plans.append(plan)
+        raise DataError("nothing", wanted="something", do="Bring it.")
+
+    monkeypatch.setattr(verbs, "adapt", adapt)
+    for words in ((), ("--allow-slower",)):
+        assert shell("adapt", "timm:any", "photos", *words).exit_code == 5
+    assert [plan.never_slower for plan in plans] == [True, False]
 
 
 def test_run_answers_what_it_can_read_and_names_the_rest(folder: File, pictures: File, quick: None) -> None:
@@ -104,6 +174,18 @@ def test_run_reads_more_than_a_batch(folder: File, pictures: File, quick: None, 
     assert ["a.png", "b.png", "c.png"] == [File(row["file"]).name for row in rows] and len(skipped) == 1
 
 
+def test_one_picture_waits_for_no_graphs_of_batches(folder: File, pictures: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(folder, backend="eager", buckets=(1, 4))
+    sizes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(verbs, "load", lambda folder, **options: loaded)
+    monkeypatch.setattr(verbs, "Adapted", lambda bundle, **options: sizes.append(options["buckets"]) or Adapted(bundle, **options))
+    rows, _ = verbs.run(folder, [pictures / "a.png"])
+    together, _ = verbs.run(folder, [pictures])  # these need the graphs of every size
+    assert sizes == [(1,)]
+    assert rows[0]["path"] == together[0]["path"] and rows[0]["probability"] == pytest.approx(together[0]["probability"], abs=1e-5)
+    assert verbs.at_once("onnxruntime-int8", None) == (1,) and verbs.at_once("openvino", None) is None
+
+
 def test_json_is_one_document(folder: File) -> None:
     report = shell("report", folder, "--json")
     places = json.loads(report.stdout)["frontier"]
@@ -111,7 +193,7 @@ def test_json_is_one_document(folder: File) -> None:
     methods = json.loads(shell("systems", "--json").stdout)
     assert {"tome", "matformer"} <= {row["name"] for row in methods}
     facts = json.loads(shell("doctor", "--json").stdout)
-    assert len(facts["fingerprint"]) == 12 and facts["advice"]
+    assert len(facts["fingerprint"]) == 12 and facts["advice"] and facts["packages"].keys() >= {"timm", "openvino"}
 
 
 def test_tables_show_what_json_says(folder: File) -> None:
@@ -134,6 +216,10 @@ def test_tables_show_what_json_says(folder: File) -> None:
         (["bench", "nowhere", "--data", "digits"], 8, "nowhere"),
         (["bench", "nowhere"], 2, "--data"),
         (["fly"], 2, "fly"),
+        (["adapt", "scratch", "digits", "--tolerance", "-1"], 2, "--tolerance"),
+        (["adapt", "scratch", "digits", "--confidence", "2"], 2, "--confidence"),
+        (["adapt", "scratch", "digits", "--epochs", "-1"], 2, "--epochs"),
+        (["adapt", "scratch", "digits", "--length", "0"], 2, "--length"),
     ],
 )
 def test_errors_are_one_line_and_a_code(words: list[str], code: int, named: str, tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,23 +239,46 @@ def test_inputs_that_are_not_there_are_named(folder: File, quick: None, tmp_path
     assert "empty" in (found := shell("run", folder, tmp_path / "empty")).stderr and found.exit_code == 5
 
 
+def test_a_wrong_budget_is_refused_before_anything_is_built(folder: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs, "load", None)
+    for budget in ("half", "-0.5x", "0x", "50%"):
+        found = shell("run", folder, "a.png", "--budget", budget)
+        assert found.exit_code == 3 and repr(budget) in found.stderr
+
+
 def test_a_budget_out_of_reach_is_the_plan_s_error(folder: File, pictures: File, quick: None) -> None:
     assert shell("run", folder, pictures / "a.png", "--budget", "0.01x").exit_code == 3
     assert shell("run", folder, pictures / "a.png", "--budget", "1ms").exit_code == 8
 
 
-@pytest.mark.parametrize(("message", "said"), [("stopped; step 7 is written", "step 7"), ("", "goes on from the last checkpoint")])
-def test_control_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], message: str, said: str) -> None:
-    def stop(name: str | None) -> None:
+@pytest.mark.parametrize(
+    ("verb", "message", "said"),
+    [
+        ("demo", "stopped; step 7 is written", "step 7 is written"),
+        ("demo", "", "stopped; the same command goes on from the last checkpoint"),
+        ("systems", "", "stopped"),
+    ],
+)
+def test_control_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, message: str, said: str) -> None:
+    def stop(*given: object, **options: object) -> None:
         raise KeyboardInterrupt(message)
 
-    monkeypatch.setattr(verbs, "systems", stop)
-    monkeypatch.setattr(sys, "argv", ["apportion", "systems"])
+    monkeypatch.setattr(verbs, verb, stop)
+    monkeypatch.setattr(sys, "argv", ["apportion", verb])
+    monkeypatch.setattr(logging, "disable", lambda level: None)  # for this process
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 130
     seen = capsys.readouterr()
-    assert said in seen.err and not seen.out and "Traceback" not in seen.err
+    assert seen.err.endswith(f"{said}\n") and not seen.out and "Traceback" not in seen.err
+
+
+def test_labels_that_mean_something_else_are_noticed_early() -> None:
+    digits, said = read_images("digits", split="test", limit=60), list[str]()
+    for right, samples in ((0.05, digits), (0.2, digits), (0.05, replace(digits, labels=None))):
+        verbs.foreseen(torch.full((60,), right), samples, "classification", said.append)
+    assert [text.startswith("the dense model") for text in said] == [True, False, True, True]
+    assert "5.00 % on the 60 samples" in said[0] and "classes.json" in said[1]
 
 
 def test_every_output_has_a_name_or_none_has() -> None:
@@ -354,7 +463,7 @@ def test_a_whole_that_is_slower_than_the_dense_model_is_not_served() -> None:
         verbs.check_time(weighed(b1=1.039, b32=0.6))
 
 
-def test_inspect_says_what_a_model_is_and_what_can_adapt() -> None:
+def test_inspect_says_what_a_model_is_and_what_can_adapt(folder: File) -> None:
     found = shell("inspect", "timm:vit_tiny_patch16_224", "--random", "--image-size", 64, "--json")
     assert found.exit_code == 0, found.output
     said = json.loads(found.stdout)
@@ -363,5 +472,7 @@ def test_inspect_says_what_a_model_is_and_what_can_adapt() -> None:
     assert {"tokens", "width", "heads", "depth"} <= {offer["axis"] for offer in said["offers"] if not offer["refused"]}
     table = shell("inspect", "timm:vit_tiny_patch16_224", "--random")
     assert table.exit_code == 0 and "5,717,416" in table.stdout and "tome" in table.stdout
+    held = shell("inspect", folder)
+    assert held.exit_code == 0 and "matformer" in held.stdout
     refused = shell("inspect", "timm:swin_tiny_patch4_window7_224", "--random")
     assert refused.exit_code == 4 and "Swin" in refused.stderr

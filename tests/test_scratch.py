@@ -160,6 +160,13 @@ def test_what_cannot_be_learned_is_refused(tmp_path: File) -> None:
 CELLS = [{"acid": "1", "soil": "clay"}, {"acid": "3.0", "soil": " sand"}, {"acid": "NA", "soil": "clay"}, {"acid": "", "soil": "sand"}]
 
 
+def test_one_class_is_refused_before_anything_is_trained(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs, "fit", None)
+    every = table(tmp_path / "one.csv", [(number, "yes") for number in range(300)], ("size", "label"))
+    with pytest.raises(DataError, match="rows of 1 class; wanted two or more"):
+        verbs.scratch(every, recipe=RECIPE)
+
+
 def test_columns_are_standardised_and_gaps_are_values() -> None:
     feed = Tabulate.learned([*CELLS, {"acid": 2, "soil": "marl"}, {"acid": 2.0, "soil": None}])
     assert feed == Tabulate(("acid",), (2.0,), (0.5**0.5,), ("soil",), (("clay", "sand"),)) and feed.entries == (4,)

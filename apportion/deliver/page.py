@@ -20,7 +20,7 @@ from apportion.measure.doctor import device
 from apportion.measure.latency import Timing, realisation_ratio
 from apportion.measure.pictures import Point, merge_map
 from apportion.measure.quality import mean_interval
-from apportion.measure.report import Decision, Held, Passage, PathRow, Picture, Report, Summary
+from apportion.measure.report import Decision, Held, Passage, PathRow, Picture, Report, Summary, decimals
 from apportion.vocab import Outcomes
 
 BINS = 10
@@ -233,8 +233,9 @@ def card(adapted: Adapted, title: str, figures: Mapping[str, Any]) -> str:
     """The model card: what it is, how good, how fast, where it was measured, how to load it."""
     bundle, facts = adapted.bundle, device()
     inputs = KINDS[type(bundle.preprocess)][1]
+    digits = decimals(figures["gmacs_dense"])
     rows = [
-        f"| {path.name} | {rung.gmacs:.4f} | {100 * rung.accuracy:.2f} | {100 * share:.1f} |"
+        f"| {path.name} | {rung.gmacs:.{digits}f} | {100 * rung.accuracy:.2f} | {100 * share:.1f} |"
         for path, rung, share in zip(bundle.ladder.paths, bundle.rungs, figures["share"], strict=True)
     ]
     drop, right, before = figures["drop_points"], 100 * figures["accuracy_adaptive"], 100 * figures["accuracy_dense"]
@@ -250,7 +251,7 @@ def card(adapted: Adapted, title: str, figures: Mapping[str, Any]) -> str:
             "",
             f"{figures['metric'].capitalize()} {right:.2f} % against {before:.2f} % of the dense network on {figures['samples']} inputs"
             f" (drop {drop['points']:.2f} points, 95 % interval {drop['low']:.2f} to {drop['high']:.2f}),"
-            f" at {figures['gmacs_adaptive']:.4f} GMACs per input against {figures['gmacs_dense']:.4f}, the decision included.",
+            f" at {figures['gmacs_adaptive']:.{digits}f} GMACs per input against {figures['gmacs_dense']:.{digits}f}, the decision included.",
             f"Measured on {facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}, float32, back-end {adapted.backend}.",
             "",
             f"| path | GMACs | {figures['metric']}, % | share of inputs, % |",

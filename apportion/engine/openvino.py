@@ -42,9 +42,9 @@ def _max(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     return aten.amax(x, [dim], keepdim), aten.argmax(x, dim, keepdim)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *rest: Any, **others: Any) -> Any:
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False) -> Any:
     """Written out where tokens are as many as heads: the fused kernel cannot tell then which is which, and takes one for the other."""
-    if query.shape[-2] != query.shape[-3] or rest or others:
+    if query.shape[-2] != query.shape[-3] or dropout_p > 0 or is_causal:
         return NotImplemented
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     out = (scores if bias is None else scores + bias).softmax(-1) @ value

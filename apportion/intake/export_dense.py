@@ -93,7 +93,10 @@ def dense_model(network: Network, like: nn.Module, path: Path | None = None) -> 
 
 
 def _source(like: nn.Module, ours: Architecture) -> tuple[Architecture, Callable[[nn.Module], Network], Callable[[nn.Module], nn.Module], list[Tensor]]:
-    """The source's shape, its reader, the model as a function of one tensor, and inputs to compare on."""
+    """The source's shape, its reader, the model as a function of one tensor, and inputs to compare on. Raises Refused for what has no source to go back to."""
+    if ours.columns or ours.points or ours.samples or ours.frames:
+        what = "rows of a table" if ours.columns else "time series" if ours.points else "sound"
+        raise _refusal(f"a network of {what}", "one of images or texts: others have no way back", "Save it as a bundle.")
     if not ours.words:
         from apportion.intake.timm_vit import describe, read_vit
 

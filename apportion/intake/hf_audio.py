@@ -53,8 +53,8 @@ def hears(model: nn.Module) -> bool:
     return getattr(model, "main_input_name", "") in ("input_values", "input_features")
 
 
-def read_audio(model: nn.Module, *, length: int | None = None, pooling: Pooling | None = None, unit: bool = False) -> Network:
-    """A network with copies of the model's weights in float32, in evaluation mode.
+def read_audio(model: nn.Module, *, length: int | None = None, pooling: Pooling | None = None, unit: bool = False, own: bool = True) -> Network:
+    """A network with copies of the model's weights in float32, in evaluation mode; without `own`, weights that stay as they are look into its memory.
 
     `length`: samples of a waveform, a second at 16 kHz where none is named; spectrograms have the length that their model insists on. A model without a head
     needs `pooling`: "mean" (AST: of the tokens behind the first two), and for AST also "class_token", or "pooler" for the mean of the first two.
@@ -68,7 +68,8 @@ def read_audio(model: nn.Module, *, length: int | None = None, pooling: Pooling 
         name: value.detach().float() for name, value in model.state_dict().items() if not name.startswith(family.beside) and name.rpartition(".")[2] != IDLE
     }
     shared = {name: left.pop(name) for name in list(left) if name.endswith("attention.rel_attn_embed.weight")}
-    state = {name: _tensor(name, left, shared, family, base, a).cpu().clone() for name in network.state_dict()}
+    seen = ((name, _tensor(name, left, shared, family, base, a).cpu()) for name in network.state_dict())
+    state = {name: value.clone() if own else value for name, value in seen}
     if left:
         raise refusal(f"{next(iter(left))}, which has no place in the network")
     for name, value in network.state_dict().items():
@@ -102,13 +103,15 @@ def describe(model: nn.Module, *, length: int | None = None, pooling: Pooling | 
 
 
 def examples(a: Architecture, *, seed: int = 0) -> list[Tensor]:
-    """Made-up sound for the equality test: noise, and waveforms of which most end early in zeros. Fewer samples of what is long."""
+    """Made-up sound for the equality test, 1, 3 and 17 at once: noise, and waveforms of which most end early in zeros. Fewer of what is long."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(17 if a.tokens < MANY else 3, *a.input_shape, generator=generator)
+    few = [noise[:3]] if len(noise) > 3 else []
     if not a.samples:
-        return [noise]
+        return [noise, *few, noise[:1]]
     ends = torch.randint(a.samples // 4, a.samples, (len(noise), 1), generator=generator)
-    return [noise, noise.flip(0) * (torch.arange(a.samples) < ends)]
+    early = noise.flip(0) * (torch.arange(a.samples) < ends)
+    return [noise, early, *few, early[:1]]
 
 
 def _family(model: nn.Module, pooling: Pooling | None) -> tuple[Family, str]:

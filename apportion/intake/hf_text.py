@@ -152,24 +152,24 @@ def describe(model: nn.Module, *, length: int | None = None, pooling: Pooling | 
 
 
 def examples(a: Architecture, *, seed: int = 0) -> list[Tensor]:
-    """Made-up texts for the equality test: without padding, with it, as pairs where the model tells them apart, and one that is as long as it can be.
+    """Made-up texts for the equality test: without padding, with it, 17 at once and one alone, and one that is as long as it can be; the last, for the weights
+    as they are too, are a few with padding, as pairs where the model tells them apart.
 
-    The passes are nine tenths of what reading costs. So a large model has texts of 8 tokens instead of 24, and 3 instead of 17 without padding and as pairs:
-    far places and distances are tried by the longest text, and a batch of 17 by the padded texts, where rows differ in length too.
+    A large model has texts of 8 tokens instead of 24: far places and distances are tried by the longest text.
     """
     generator = torch.Generator().manual_seed(seed)
     large = a.depth * a.dim * (4 * a.dim + 2 * a.hidden) >= LARGE
-    n, few = min(a.length, 8 if large else 24), 3 if large else 17
+    n = min(a.length, 8 if large else 24)
 
     def ids(rows: int, tokens: int) -> Tensor:
         drawn = torch.randint(0, a.words - 1, (rows, tokens), generator=generator)
         return drawn + (drawn >= a.padding)
 
-    whole, cut = ids(few, n), ids(17, n)
+    whole, cut = ids(3, n), ids(17, n)
     lengths = torch.randint(1, n, (17, 1), generator=generator)
     cut[torch.arange(n) >= lengths] = a.padding
     kinds = torch.randint(0, max(a.token_types, 1), (17, n), generator=generator)
-    return [whole, cut, ids(1, a.length), *([torch.stack((cut, kinds), 1)[:few]] if a.token_types > 1 else [])]
+    return [whole, cut, cut[:1], ids(1, a.length), (torch.stack((cut, kinds), 1) if a.token_types > 1 else cut)[:3]]
 
 
 def labels(model: nn.Module) -> tuple[str, ...] | None:

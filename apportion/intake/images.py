@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from apportion.errors import DataError
 from apportion.intake.folders import Listing, OnSkip, Split, batched, cut, listed, parted, several_fit, usable
+from apportion.intake.laid import HELD_BYTES, Chosen, laid, slabs
 from apportion.intake.preprocess import Preprocess
 from apportion.methods.task import UNKNOWN
 
@@ -25,9 +27,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageSet:
-    """Pictures and their labels. Arrays are kept as they are, files are decoded when a batch asks for them."""
+    """Pictures and their labels. Arrays are kept as they are, or lie in a file; files of pictures are decoded when a batch asks for them."""
 
-    images: np.ndarray | tuple[File, ...]  # uint8 (n, rows, columns, 3), or files
+    images: np.ndarray | Chosen | tuple[File, ...]  # uint8 (n, rows, columns, 3), or files
     labels: Tensor | None  # (n,) int64; of every pixel (n, size, size) int16; several, or numbers, (n, outputs) float
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()  # file, why
@@ -42,7 +44,10 @@ class ImageSet:
     def rows(self, index: Tensor | Sequence[int]) -> ImageSet:
         """The same set with these rows only, in this order."""
         rows = torch.as_tensor(index, dtype=torch.int64)
-        images = self.images[rows.numpy()] if isinstance(self.images, np.ndarray) else tuple(self.images[i] for i in rows.tolist())
+        if isinstance(self.images, tuple):
+            images = tuple(self.images[i] for i in rows.tolist())
+        else:
+            images = self.images.rows(rows) if isinstance(self.images, Chosen) else self.images[rows.numpy()]
         return ImageSet(images, None if self.labels is None else self.labels[rows], self.classes, self.skipped)
 
     def split(self, holdout: float, *, seed: int = 0) -> tuple[ImageSet, ImageSet]:
@@ -60,7 +65,7 @@ class ImageSet:
         bad = (((labels < 0) & (labels != UNKNOWN)) | (labels >= outputs)).any(1).nonzero().flatten()
         if len(bad):
             row = int(bad[0])
-            name = f"row {row}" if isinstance(self.images, np.ndarray) else str(self.images[row])
+            name = str(self.images[row]) if isinstance(self.images, tuple) else f"row {row}"
             wanted = f"0 to {outputs - 1}, as the network has {outputs} outputs"
             raise DataError(
                 f"label {int(labels[row].max())} at {name} ({len(bad)} such images)",
@@ -71,7 +76,7 @@ class ImageSet:
     def batches(self, batch: int, preprocess: Preprocess, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(inputs, labels) of `batch` images and a shorter rest; in order, or shuffled by `seed`. Raises DataError for a file changed since."""
         for rows in batched(len(self), batch, seed):
-            part = self.images[rows.numpy()] if isinstance(self.images, np.ndarray) else [decode(self.images[i]) for i in rows.tolist()]
+            part = [decode(self.images[i]) for i in rows.tolist()] if isinstance(self.images, tuple) else self.images[rows.numpy()]
             labels = None if self.labels is None else self.labels[rows]
             yield preprocess(part), labels.long() if labels is not None and labels.dtype == torch.int16 else labels  # masks are held in short
 
@@ -79,12 +84,21 @@ class ImageSet:
         """All are of one size."""
 
 
-def read_images(source: str | File, *, split: Split = "all", limit: int | None = None, on_skip: OnSkip | None = None) -> ImageSet:
+def read_images(
+    source: str | File,
+    *,
+    split: Split = "all",
+    limit: int | None = None,
+    on_skip: OnSkip | None = None,
+    bound: int = HELD_BYTES,
+    folder: File | None = None,
+) -> ImageSet:
     """Read `digits`, an `.npz`, one image, or a folder: FOLDER/CLASS/FILE, FOLDER/train|val|test/CLASS/FILE, or images without labels.
 
     `digits`: the 1797 handwritten digits of scikit-learn, 8 x 8 pixels in 17 greys, each pixel doubled to 2 x 2 and given three channels: (n, 16, 16, 3).
-    `.npz`: x_train, y_train, x_test, y_test; uint8 (n, rows, columns, 3) and integers. Labels of class folders are their place in the alphabet (in the
-    order of numbers where all are numbers), or what FOLDER/classes.json, an object from folder name to label, says.
+    `.npz`: x_train, y_train, x_test, y_test; uint8 (n, rows, columns, 3) and integers; more than `bound` bytes are `laid` into a file in `folder`.
+    Labels of class folders are their place in the alphabet (in the order of numbers where all are numbers), or what FOLDER/classes.json, an object from
+    folder name to label, says.
     Where the data brings no split of its own, every fifth image of each class is `test`. `limit` keeps that many, spread evenly over the classes.
     Every file is decoded once to see that it can be; the cost is one decode at reduced size. What cannot is in `skipped` and told to `on_skip`.
     Raises DataError: nothing there, an empty class, more than half of the files bad, labels or arrays that do not fit.
@@ -99,7 +113,7 @@ def read_images(source: str | File, *, split: Split = "all", limit: int | None =
     if not path.exists():
         raise DataError(f"no file or folder {path}", wanted="a folder of images, an image, an .npz file, or `digits`", do="Correct the path.")
     if path.suffix.lower() == ".npz":
-        return cut(_arrays(path, split), "all", limit, "image")
+        return cut(_arrays(path, split, bound, folder), "all", limit, "image")
     if path.is_file():
         return _made(usable(path, Listing((path,)), fault, "image", on_skip))
     return _made(usable(path, listed(path, split, limit, "image"), fault, "image", on_skip))
@@ -115,38 +129,69 @@ def _digits() -> ImageSet:
     return ImageSet(np.repeat(grey[..., None], 3, -1), torch.from_numpy(data.target).long(), tuple(map(str, data.target_names)))
 
 
-def _arrays(file: File, split: Split) -> ImageSet:
+def _arrays(file: File, split: Split, bound: int, folder: File | None) -> ImageSet:
     wanted = "x_train, y_train, x_test and y_test: uint8 (n, rows, columns, 3) and integers (n,)"
     try:
+        with zipfile.ZipFile(file) as data:
+            kinds = {name: _header(data, f"x_{name}.npy") for name in ("train", "test")}
         with file.open("rb") as handle, np.load(handle, allow_pickle=False) as data:
-            parts = {name: data[name] for name in ("x_train", "y_train", "x_test", "y_test")}
+            given = {name: data[f"y_{name}"] for name in kinds}
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{file}: {error}", wanted=wanted, do="Write it with numpy.savez; arrays of objects are not read.") from error
-    for name in ("train", "test"):
-        x, y = parts[f"x_{name}"], parts[f"y_{name}"]
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3:
-            raise DataError(f"{file}: x_{name} of shape {x.shape} and type {x.dtype}", wanted=wanted, do="Convert the images to RGB in 8 bits, channels last.")
-        if y.dtype.kind not in "iu" or y.ndim != 1 or len(y) != len(x):
+    for name, (shape, dtype) in kinds.items():
+        y = given[name]
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
+            raise DataError(f"{file}: x_{name} of shape {shape} and type {dtype}", wanted=wanted, do="Convert the images to RGB in 8 bits, channels last.")
+        if y.dtype.kind not in "iu" or y.ndim != 1 or len(y) != shape[0]:
             raise DataError(
-                f"{file}: y_{name} of shape {y.shape} and type {y.dtype} for {len(x)} images", wanted=wanted, do="Give one class number for each image."
+                f"{file}: y_{name} of shape {y.shape} and type {y.dtype} for {shape[0]} images", wanted=wanted, do="Give one class number for each image."
             )
-        if not len(x):
+        if not shape[0]:
             raise DataError(f"{file}: x_{name} is empty", wanted="at least one image", do="Put images into both parts.")
-    outputs = int(parts["y_train"].max()) + 1
-    classes = tuple(map(str, range(outputs)))
-    sets = {name: ImageSet(parts[f"x_{name}"], torch.from_numpy(parts[f"y_{name}"].astype(np.int64)), classes) for name in ("train", "test")}
-    for name, images in sets.items():
-        assert images.labels is not None
-        bad = ((images.labels < 0) | (images.labels >= outputs)).nonzero().flatten()
+    outputs = int(given["train"].max()) + 1
+    labels = {name: torch.from_numpy(y.astype(np.int64)) for name, y in given.items()}
+    for name, each in labels.items():
+        bad = ((each < 0) | (each >= outputs)).nonzero().flatten()
         if len(bad):
-            found = f"{file}: label {int(images.labels[bad[0]])} in row {int(bad[0])} of y_{name}"
+            found = f"{file}: label {int(each[bad[0]])} in row {int(bad[0])} of y_{name}"
             raise DataError(found, wanted=f"0 to {outputs - 1}, the classes of y_train", do="Correct the labels.")
-    if split != "all":
-        return sets[split]
-    if parts["x_train"].shape[1:] != parts["x_test"].shape[1:]:
-        found = f"{file}: images of {parts['x_train'].shape[1:]} in x_train and {parts['x_test'].shape[1:]} in x_test"
+    chosen = ("train", "test") if split == "all" else (split,)
+    shapes = {kinds[name][0][1:] for name in chosen}
+    if len(shapes) > 1:
+        found = f"{file}: images of {kinds['train'][0][1:]} in x_train and {kinds['test'][0][1:]} in x_test"
         raise DataError(found, wanted="one size for both", do="Resize one of them, or read one split at a time.")
-    return ImageSet(np.concatenate([parts["x_train"], parts["x_test"]]), torch.cat([s.labels for s in sets.values() if s.labels is not None]), classes)
+    count = sum(kinds[name][0][0] for name in chosen)
+    try:
+        pixels = laid((slab for name in chosen for slab in _slabs(file, f"x_{name}.npy")), count, bound=bound, folder=folder)
+    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise DataError(f"{file}: {error}", wanted=wanted, do="Write it again with numpy.savez.") from error
+    images = pixels.numpy() if pixels.nbytes <= bound else Chosen(pixels, torch.arange(count))
+    return ImageSet(images, torch.cat([labels[name] for name in chosen]), tuple(map(str, range(outputs))))
+
+
+def _header(data: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    with data.open(name) as member:
+        shape, _, dtype = _told(member)
+    return shape, dtype
+
+
+def _slabs(file: File, name: str) -> Iterator[Tensor]:
+    """Pictures of one array, as many at a time as a batch has."""
+    with zipfile.ZipFile(file) as data, data.open(name) as member:
+        shape, by_columns, _ = _told(member)
+        if not by_columns:
+            yield from slabs(member.read, shape)
+            return
+    with np.load(file, allow_pickle=False) as data:  # column by column: no row before the last byte
+        yield torch.from_numpy(np.ascontiguousarray(data[name.removesuffix(".npy")]))
+
+
+def _told(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and type of the array that follows."""
+    version = np.lib.format.read_magic(member)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"an array of version {version}")
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
 
 
 def fault(file: File) -> str:

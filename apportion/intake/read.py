@@ -16,15 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from apportion.errors import DataError, PlanError, Refused
+from apportion.errors import DataError, NoEffect, PlanError, Refused
 from apportion.intake import _torchvision
 from apportion.intake.hf_families import Pooling
 from apportion.intake.listen import Listen
 from apportion.intake.preprocess import Preprocess
+from apportion.intake.proof import proved
 from apportion.intake.rows import Tabulate
 from apportion.intake.series import Align
 from apportion.intake.texts import Tokenise
-from apportion.intake.verify import Verified, verify
+from apportion.intake.verify import Verified
 from apportion.network import Network
 from apportion.vocab import Task
 
@@ -40,6 +41,16 @@ class Source:
     classes: tuple[str, ...] | None
     verified: Verified | None  # None for a network of our own: there is nothing to compare with
     provenance: dict[str, str | int | bool | None]
+
+    @property
+    def equality(self) -> str:
+        """How it was held against the model that was read, in a sentence."""
+        if self.verified is None:
+            return "nothing to compare with"
+        facts, figures = self.provenance, f"a difference of at most {self.verified.max_abs:.1g}"
+        if facts["equality_found_in"] is None:
+            return f"{figures}, tested now" + (f"; not kept: {facts['equality_not_kept']}" if "equality_not_kept" in facts else "")
+        return f"{figures}, this shape of model tested on {facts['equality_tested_on']} (found in {facts['equality_found_in']}), these weights now"
 
     @property
     def preprocess(self) -> Preprocess:
@@ -75,6 +86,7 @@ def read_model(
     pooling: Pooling | None = None,
     unit: bool = False,
     task: Task | None = None,
+    cache: File | None = None,
 ) -> Source:
     """Read a model and prove that nothing was lost.
 
@@ -84,11 +96,13 @@ def read_model(
     "hf:NAME@REVISION", or a transformers model. With `image_size` positions are resampled as timm does it, which may cost accuracy. Texts' paths are stated at
     `length` tokens; an encoder without a head needs `pooling` ("mean", "class_token" or "pooler") and is of length 1 with `unit`, unless its folder says so.
     `task` says what the outputs mean where the model does not: one class, unless its folder says otherwise; without classes they are an embedding.
-    Equality is tested on random inputs, and on `example` (rows of inputs) where given.
-    Raises Refused for a model that cannot be read exactly or whose weights cannot be had, DataError for a bad file, PlanError for options that contradict
-    each other.
+    Equality is tested on random inputs, with other weights; and with those that are there on a few of them, and on `example` (rows of inputs) where given.
+    `cache`: a folder that remembers which shapes of model have passed the former, the greater part of what reading costs; `provenance` says when it was tested,
+    and where it was found. What comes from a file looks into that file, as it does in its own library: replace the file, do not write over it.
+    Raises Refused for a model that cannot be read exactly or whose weights cannot be had, DataError for a bad file or folder, PlanError for options that
+    contradict each other, NoEffect for a cache with a network of our own, where there is nothing to test.
     """
-    source = _read(model, timm_name, random, num_classes, image_size, seed, preprocess, example, length, pooling, unit)
+    source = _read(model, timm_name, random, num_classes, image_size, seed, preprocess, example, length, pooling, unit, cache)
     _mean(source.network, task)
     return source
 
@@ -114,6 +128,7 @@ def _read(
     length: int | None,
     pooling: Pooling | None,
     unit: bool,
+    cache: File | None,
 ) -> Source:
     if (num_classes is not None or random) and not (random and str(model).startswith("timm:")):
         found = "num_classes or random for trained weights"
@@ -123,9 +138,11 @@ def _read(
     if isinstance(model, Network):
         if preprocess is None:
             raise PlanError("a Network without preprocessing", wanted="preprocess=Preprocess(...)", do="Say how its inputs are made.")
+        if cache is not None:
+            raise NoEffect("a cache for a Network", wanted="a model of another library", do="Leave it out: there is nothing to compare it with.")
         return Source(model, preprocess, None, None, {"source": "network", "torch": str(torch.__version__)})
     if _of_transformers(model):
-        return _transformers(model, preprocess, example, length, pooling, unit)
+        return _transformers(model, preprocess, example, length, pooling, unit, cache)
     if length is not None or pooling is not None or unit:
         raise PlanError("length, pooling or unit for a model of images", wanted="a model that reads texts", do="Leave them out.")
     if preprocess is not None and not isinstance(preprocess, Preprocess):
@@ -145,23 +162,16 @@ def _read(
         source, names = _local(timm, file, timm_name)
         with file.open("rb") as handle:
             origin = {"source": str(file), "sha256": hashlib.file_digest(handle, "sha256").hexdigest(), **origin}
+    from apportion.intake.timm_vit import describe, read_vit, resized
+
     if image_size is not None and not random:
-        from apportion.intake.timm_vit import resized
-
         source, origin = resized(source, image_size), {**origin, "image_size": image_size}
-    return _verified(source, preprocess, names, origin, example)
-
-
-def _verified(source: nn.Module, preprocess: Preprocess | None, names: tuple[str, ...] | None, origin: dict, example: Tensor | None) -> Source:
-    from apportion.intake.timm_vit import read_vit
-
-    network = read_vit(source)
-    a = network.architecture
+    a = describe(source)
     if names is not None and len(names) != a.classes:
         raise DataError(f"{len(names)} class names for {a.classes} outputs", wanted="one name for each output", do="Correct label_names in config.json.")
     noise = torch.randn(3, a.channels, a.image_size, a.image_size, generator=torch.Generator().manual_seed(0))
-    verified = verify(source, network, noise, *([] if example is None else [example]), reread=read_vit)
-    return Source(network, preprocess or _preprocess(source, a.image_size), names, verified, origin)
+    proof = proved(source, lambda made, own: read_vit(made, own=own), a, [noise, noise[:1]], example, own=isinstance(model, nn.Module), cache=cache)
+    return Source(proof.network, preprocess or _preprocess(source, a.image_size), names, proof.figures, {**origin, **proof.facts})
 
 
 def _of_transformers(model: str | File | nn.Module) -> bool:
@@ -177,6 +187,7 @@ def _transformers(
     length: int | None,
     pooling: Pooling | None,
     unit: bool,
+    cache: File | None,
 ) -> Source:
     _torchvision.ready()
     try:
@@ -200,20 +211,13 @@ def _transformers(
     room = hf_audio if hears else hf_text
 
     def read(made: nn.Module, own: bool) -> Network:
+        inner = made.get_submodule("model")
         if hears:
-            return hf_audio.read_audio(made, length=length, pooling=pooling, unit=unit)
-        return hf_text.read_text(made, length=length, pooling=pooling, unit=unit, own=own)
+            return hf_audio.read_audio(inner, length=length, pooling=pooling, unit=unit, own=own)
+        return hf_text.read_text(inner, length=length, pooling=pooling, unit=unit, own=own)
 
-    network = read(source, own=True)
-    a = network.architecture
-    verified = verify(
-        room.Answering(source, pooling, unit),
-        network,
-        *room.examples(a),
-        *([] if example is None else [example]),
-        reread=lambda made: read(made.get_submodule("model"), own=False),
-        batches=(1, 3, 17),
-    )
+    a = room.describe(source, length=length, pooling=pooling, unit=unit)
+    proof = proved(room.Answering(source, pooling, unit), read, a, room.examples(a), example, own=isinstance(model, nn.Module), cache=cache)
     if feed is None and hears and extractor is not None:
         if a.samples and extractor.get("return_attention_mask"):
             origin, extractor = {**origin, "attention_mask": "left out: what is filled up with zeros is heard"}, {**extractor, "return_attention_mask": False}
@@ -223,7 +227,7 @@ def _transformers(
     if feed is not None and isinstance(feed, Listen) != hears:
         found = f"{type(feed).__name__} for a model that {'hears' if hears else 'reads texts'}"
         raise PlanError(found, wanted="Listen(...)" if hears else "Tokenise(...)", do="Leave it out, or give the other.")
-    return Source(network, feed, hf_text.labels(source) if a.classes else None, verified, origin)
+    return Source(proof.network, feed, hf_text.labels(source) if a.classes else None, proof.figures, {**origin, **proof.facts})
 
 
 def _timm() -> ModuleType:
@@ -268,7 +272,7 @@ def _local(timm: ModuleType, file: File, name: str | None) -> tuple[nn.Module, t
     arguments = {"num_classes": 0 if head is None else head.shape[0], **config.get("model_args", {})}
     try:
         source = timm.create_model(name, pretrained=False, pretrained_cfg_overlay=config.get("pretrained_cfg"), **arguments)
-        source.load_state_dict(state, strict=True)
+        source.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()}, strict=True, assign=True)
     except (RuntimeError, TypeError, AssertionError) as error:
         raise Refused(
             f"{file}, which does not fit {name}: {str(error)[:300]}", wanted="that model's own tensors", do="Correct timm_name or the file."

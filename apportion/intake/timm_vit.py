@@ -57,17 +57,18 @@ class Layout(NamedTuple):
     gate_last: bool  # which half of a fused layer is the gate
 
 
-def read_vit(model: nn.Module) -> Network:
+def read_vit(model: nn.Module, *, own: bool = True) -> Network:
     """A network with copies of the model's weights in float32, in evaluation mode. Raises Refused, naming what has no exact counterpart.
 
-    A model that takes images of any size is read at the size that it was made for.
+    A model that takes images of any size is read at the size that it was made for. Without `own`, weights that stay as they are look into the model's memory.
     """
     a = describe(model)
     with torch.device("meta"):
         network = Network(a)
     left, layout = {name: value.detach() for name, value in model.state_dict().items()}, _layout(model, a)
     shared = left.pop("rel_pos_bias.relative_position_bias_table", None)
-    state = {name: _tensor(name, left, layout, shared, a).float().cpu().clone() for name in network.state_dict()}
+    seen = ((name, _tensor(name, left, layout, shared, a).float().cpu()) for name in network.state_dict())
+    state = {name: value.clone() if own else value for name, value in seen}
     if left:
         raise refusal(f"{next(iter(left))}, which has no place in the network")
     for name, value in network.state_dict().items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from apportion.vocab import Path
 
 ABSOLUTE, RELATIVE = 1e-5, 1e-4
 BATCHES = (1, 3)
+FEW = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +26,48 @@ class Verified:
     max_abs: float
     max_rel: float
 
+    def worst(self, other: Verified) -> Verified:
+        return Verified(max(self.max_abs, other.max_abs), max(self.max_rel, other.max_rel))
+
+
+def verify(
+    source: nn.Module,
+    network: Network,
+    *examples: Tensor,
+    reread: Callable[[nn.Module], Network],
+    batches: tuple[int, ...] | None = BATCHES,
+    given: Tensor | None = None,
+    seed: int = 0,
+) -> Verified:
+    """`as_it_is` on FEW rows of the last example and on what is `given`, then `when_shaken` on `batches` of the rows of each example, or the examples whole."""
+    runs = [*examples] if batches is None else [example[:batch] for example in examples for batch in sorted({min(batch, len(example)) for batch in batches})]
+    real = as_it_is(source, network, examples[-1][:FEW], *([] if given is None else [given]))
+    return real.worst(when_shaken(source, *runs, reread=reread, seed=seed))
+
 
 @torch.no_grad()
-def verify(
-    source: nn.Module, network: Network, *examples: Tensor, reread: Callable[[nn.Module], Network], batches: tuple[int, ...] = BATCHES, seed: int = 0
-) -> Verified:
-    """Compare in float32 on `batches` of the rows of each example: as they are, and with shaken weights.
-
-    Shaken: every vector of a copy of the source is multiplied by 0.5 to 1.5 and moved a little, and every matrix that hardly counts is made to, then the
-    copy is read again: so a LayerScale of one, a bias of zero or a table of zeros that was forgotten shows, also through a head that was born small.
-    A sample may be off by 1e-5 + 1e-4 of its largest output.
-    Raises Refused with the figures. Cost: what `reread` makes, copies of what is shaken or not in float32, four forward passes for each batch of each example.
-    """
-    runs = [example[:batch] for example in examples for batch in sorted({min(batch, len(example)) for batch in batches})]
+def as_it_is(source: nn.Module, network: Network, *runs: Tensor) -> Verified:
+    """Compare the two in float32, weights as they are. Raises Refused with the figures. Cost: two forward passes for each run."""
     plain = _copy(source, lambda tensor: tensor)
-    figures = [compare(plain, network, inputs, "as it is") for inputs in runs]
+    return _worst([compare(plain, network, inputs, "as it is") for inputs in runs])
+
+
+@torch.no_grad()
+def when_shaken(source: nn.Module, *runs: Tensor, reread: Callable[[nn.Module], Network], seed: int = 0) -> Verified:
+    """Compare in float32 a copy of the source with other weights, and what is read of it: whatever differs shows, also where trained weights hide it.
+
+    Every vector is multiplied by 0.5 to 1.5 and moved a little, and every matrix that hardly counts is made to: so a LayerScale of one, a bias of zero or a
+    table of zeros that was forgotten shows, also through a head that was born small. A sample may be off by 1e-5 + 1e-4 of its largest output.
+    Raises Refused with the figures. Cost: what `reread` makes, copies of what is shaken or not in float32, two forward passes for each run.
+    """
     generator = torch.Generator().manual_seed(seed)
-    plain = _copy(source, lambda tensor: _shaken(tensor, generator))
-    shaken = reread(plain)
-    figures += [compare(plain, shaken, inputs, "with shaken weights") for inputs in runs]
-    return Verified(max(figure.max_abs for figure in figures), max(figure.max_rel for figure in figures))
+    made = _copy(source, lambda tensor: _shaken(tensor, generator))
+    network = reread(made)
+    return _worst([compare(made, network, inputs, "with shaken weights") for inputs in runs])
+
+
+def _worst(figures: Sequence[Verified]) -> Verified:
+    return functools.reduce(Verified.worst, figures)
 
 
 def _copy(source: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path as File
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from apportion.errors import ApportionError, EngineError
 from apportion.measure.latency import Ratio, Timing, interleaved, ratio
 
+PACKAGES = ("timm", "transformers", "tokenizers", "soundfile", "pyarrow", "openvino", "onnxruntime", "lightgbm")
+"""Of the extras, in the order of the pipeline: what reads models, what reads data, what serves."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -65,13 +68,25 @@ def _facts() -> dict[str, Any]:
     }
 
 
+def packages() -> dict[str, str | None]:
+    """The version of each package that an extra brings; None where it is not installed."""
+
+    def found(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {name: found(name) for name in PACKAGES}
+
+
 def fingerprint() -> str:
     """Twelve hex digits that name this device, its threads in use and torch's version: a table measured under another name does not hold here."""
     return hashlib.sha256(repr(sorted(_facts().items())).encode()).hexdigest()[:12]
 
 
 def device() -> dict[str, Any]:
-    """Plain facts about the machine with its measured matmul rates, plus `fingerprint` and `advice`. Takes about two seconds.
+    """Plain facts about the machine with its measured matmul rates, plus `packages`, `fingerprint` and `advice`. Takes about two seconds.
 
     Rates are of the GPU where there is one, else of the processor on torch's present number of threads.
     """
@@ -80,6 +95,7 @@ def device() -> dict[str, Any]:
         **_facts(),
         "measured_on": where,
         "matmul_gflops": {name: matmul_gflops(dtype, device=where) for name, dtype in DTYPES.items()},
+        "packages": packages(),
         "fingerprint": fingerprint(),
     }
     return {**facts, "advice": advice(facts)}

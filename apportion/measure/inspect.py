@@ -14,6 +14,7 @@ from apportion.network.surgery import builder
 from apportion.vocab import Axis, Choice
 
 ADAPTING = ("reducer", "mixer", "ffn", "depth")
+OUTPUTS = {"multilabel": "labels", "regression": "numbers", "token_classification": "classes for each word", "segmentation": "classes for each pixel"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +59,25 @@ def inspected(network: Network) -> Inspection:
 def _recognised(network: Network) -> tuple[tuple[str, str], ...]:
     a, full = network.architecture, network.space.full
     gate, where = "gated, " if a.gated else "", "before each branch" if a.norm_first else "on each branch" if a.norm_branch else "after each sum"
-    inputs = _inputs(a)
+    inputs, outputs = _inputs(a), f"{a.classes} {OUTPUTS.get(a.task, 'classes')}" if a.classes else "features"
     extra = [name for name, here in (("of queries and keys", a.qk_norm), ("over heads", a.mixer_norm), ("over hidden units", a.ffn_norm)) if here]
     return (
         ("inputs", inputs),
-        ("tokens", f"{a.tokens}, of which {a.prefix} are never reduced"),
+        ("tokens", f"{a.tokens}" + (f", of which {a.prefix} {'is' if a.prefix == 1 else 'are'} never reduced" if a.prefix else "")),
         ("blocks", f"{a.depth} of {a.dim} channels"),
         ("mixer", f"{a.heads} heads of {a.dim // a.heads} channels"),
         ("ffn", f"{a.hidden} hidden units, {gate}{a.activation}"),
         ("norms", ", ".join((where, *extra)) + (", with LayerScale" if a.layer_scale else "")),
         ("positions", ", ".join(_positions(a)) or "none"),
-        ("answer", f"{a.pool.replace('_', ' ')}, {f'{a.classes} classes' if a.classes else 'features'}"),
+        ("answer", f"{a.pool.replace('_', ' ')}, {outputs}"),
         ("parameters", f"{sum(value.numel() for value in network.parameters()):,}"),
-        ("GMACs", f"{network.macs(full) / 1e9:.3f}"),
+        ("GMACs", f"{network.macs(full) / 1e9:.4g}"),
     )
 
 
 def _inputs(a: Architecture) -> str:
+    if a.columns:
+        return f"rows of a table: {a.numbers} columns of numbers, {len(a.categories)} of categories"
     if a.words:
         return f"texts of up to {a.length} tokens"
     if a.points:
@@ -87,6 +90,8 @@ def _inputs(a: Architecture) -> str:
 
 
 def _positions(a: Architecture) -> list[str]:
+    if a.columns:
+        return ["each column has vectors of its own"]
     if a.samples or (a.frames and not a.patch):
         return [f"a convolution over {a.position_kernel} tokens" if a.samples else "fixed waves", *(["a bias by distance"] if a.relative_buckets else [])]
     learned = bool(a.positions) if a.words else a.learned_positions

@@ -137,6 +137,11 @@ def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
         yield where, float(value)
 
 
+def decimals(largest: float) -> int:
+    """Digits behind the point that show four of the largest figure: the GMACs of a small network are more than zeros."""
+    return max(1, 3 - math.floor(math.log10(largest))) if largest > 0 else 1
+
+
 def report_dict(report: Report) -> dict[str, Any]:
     """The same as plain JSON values; a picture is told by its size, group and caption."""
     plain = asdict(report)
@@ -158,6 +163,7 @@ def render(report: Report) -> str:
     return shelf.get_template("report.html.jinja").render(
         report=report,
         batches=batches,
+        digits=decimals(max(row.gmacs for row in (*report.summary, *report.paths))),
         headlines=headlines(report),
         charts=[Markup(svg) for svg in _charts(report, batches[-1])],
         decisions=[Markup(svg) for svg in _decisions(report.decision)],

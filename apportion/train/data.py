@@ -11,6 +11,8 @@ from torch import Tensor
 from apportion.errors import DataError
 from apportion.train.recipe import Recipe
 
+SOME = 2**12  # texts counted at a time: what is made on the way is as large as they are
+
 
 class Data(Protocol):
     """Samples by number. `batch` must give the same rows for the same numbers in every call: a resumed run relies on it."""
@@ -45,7 +47,7 @@ class Images:
         rows = self.images[index]
         inputs = rows.permute(0, 3, 1, 2).float() / 255 if rows.dtype == torch.uint8 else rows.float()
         labels = None if self.labels is None else self.labels[index]
-        inputs = ((inputs - self.mean) / self.std).contiguous()
+        inputs = inputs.sub_(self.mean).div_(self.std).contiguous()  # what was chosen is a copy already
         return inputs, labels.long() if labels is not None and labels.dtype == torch.int16 else labels  # masks are held in short
 
 
@@ -86,7 +88,8 @@ class Texts:
             raise DataError(f"{len(labels)} labels", wanted=f"{len(tokens)}, one for each text", do="Bring texts and labels into line.")
         self.tokens, self.labels = tokens, labels
         ids = tokens if tokens.ndim == 2 else tokens[:, 0]
-        self.sizes = ((ids != padding) * torch.arange(1, ids.shape[1] + 1)).amax(1).clamp_min(1)
+        places = torch.arange(1, ids.shape[1] + 1)
+        self.sizes = torch.cat([((some != padding) * places).amax(1) for some in ids.split(SOME)]).clamp_min(1)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -72,7 +72,9 @@ def sandwich(
         raise PlanError(f"excess_weight {excess_weight:g} for {task}", wanted="0: the bound is on one class for each sample", do="Leave it out.")
 
     def taught(student: Seen, by: Seen, labels: Tensor | None) -> Tensor:
-        loss = logit_weight * soft(student.logits, teacher=by.logits) + feature_weight * features(student, by)
+        loss = logit_weight * soft(student.logits, teacher=by.logits)
+        if feature_weight > 0:
+            loss = loss + feature_weight * features(student, by)
         if excess_weight > 0:
             loss = loss + excess_weight * (excess(student.logits, by.logits, labels) - slack).clamp_min(0).square()
         return loss if labels is None else loss + label_weight * hard(student.logits, target=labels)

@@ -11,7 +11,7 @@ import torch
 
 from apportion.errors import PathError, Refused
 from apportion.intake import _torchvision
-from apportion.network import put, sort_by_importance
+from apportion.network import Network, put, sort_by_importance
 from apportion.vocab import Choice
 from tests.conftest import PLAN
 
@@ -52,6 +52,13 @@ def test_the_full_path_comes_back_bit_for_bit(name):
     state = export_dense(read_vit(source), source)
     assert state.keys() == source.state_dict().keys()
     assert all(torch.equal(value, state[key]) for key, value in source.state_dict().items())
+
+
+def test_what_has_no_source_to_go_back_to_is_refused():
+    source = vision.tiny(QUICK[0], **vision.FAMILIES[QUICK[0]])
+    a = replace(read_vit(source).architecture, image_size=0, patch=0, numbers=3, categories=(4,))
+    with pytest.raises(Refused, match="a network of rows of a table; wanted one of images or texts"):
+        export_dense(Network(a), source)
 
 
 def test_a_path_with_a_fitted_map_is_refused_and_others_leave_it_behind():

@@ -66,6 +66,13 @@ def test_what_is_approximate_is_said():
     assert facts["positions"] == "learned, rotary" and "over heads, over hidden units" in facts["norms"] and "gated" in facts["ffn"]
 
 
+def test_a_table_and_what_its_numbers_mean_are_said():
+    a = replace(tiny("mean").architecture, image_size=0, patch=0, numbers=3, categories=(4, 5), task="regression", classes=2)
+    facts = dict(inspected(Network(a)).recognised)
+    assert facts["inputs"] == "rows of a table: 3 columns of numbers, 2 of categories" and facts["tokens"] == "5"
+    assert facts["positions"] == "each column has vectors of its own" and facts["answer"] == "mean, 2 numbers"
+
+
 def test_it_is_plain_data():
     found = json.loads(json.dumps(asdict(inspected(tiny("registers")))))
     assert dict(found["recognised"])["tokens"] == "20, of which 4 are never reduced" and found["offers"][0]["slot"] == "reducer"

@@ -236,3 +236,18 @@ def test_the_whole_way_from_the_shell(tmp_path: File) -> None:
     assert shell("run", tmp_path / "out", data, "--json").exit_code == 0
     with pytest.raises(NoEffect, match="whose blocks all run"):
         verbs.adapt(small(), str(data), preprocess=feed, plan=replace(plan, choices=(BRIDGE,)), backend="eager")
+
+
+@pytest.mark.slow
+def test_exits_learn_maps_of_their_own_and_the_model_stays_as_it_was_read(tmp_path: File) -> None:
+    data, feed = painted(tmp_path / "data", 60, labels=True), Preprocess(32, (0.5,) * 3, (0.25,) * 3)
+    plan = verbs.with_method(Plan(rungs=3, tolerance=60.0, glance=1, never_slower=False, epochs=2.0), "exits")
+    weighed = verbs.adapt(small(), str(data), preprocess=feed, plan=plan, backend="eager", buckets=(4,), repeats=2)
+    network, read = weighed.adapted.bundle.network, small()
+    inputs = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    assert_close(network(inputs, network.space.full), read(inputs, read.space.full), atol=1e-5, rtol=1e-5)
+    assert weighed.figures["accuracy_full"] == weighed.figures["accuracy_dense"]
+    assert (1, 3) in network.bridge.runs and all(parameter.abs().max() > 0 for parameter in network.bridge.parameters())
+    for wrong in (replace(plan, epochs=0.0), replace(plan, choices=(Choice("depth", "skip"),))):
+        with pytest.raises(PlanError, match="maps that alone are taught"):
+            verbs.adapt(small(), str(data), preprocess=feed, plan=wrong, backend="eager")

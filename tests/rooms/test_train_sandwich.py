@@ -261,3 +261,26 @@ def test_dense_training_then_healing_without_labels():
     fit(taught, Images(inputs), objective, recipe=replace(recipe, epochs=12), progress=False)
     assert apart() < 0.5 * before and accuracy(taught, smallest) > 0.9 and accuracy(taught, taught.space.full) > 0.95
     assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), kept.values(), strict=True))
+
+
+def test_maps_before_the_head_teach_exits_while_the_full_path_stays_bit_for_bit():
+    inputs, labels = batch(128)
+    data, recipe = Images(inputs, labels), Recipe(epochs=20, batch=32, crop_padding=0, ema=0.9, learning_rate=3e-3)
+    taught = network()
+    put(taught, Choice("bridge", "surrogate", options={"runs": "1-3 2-3"}))
+    fit(taught, data, dense(label_smoothing=0.0), recipe=recipe, progress=False)
+    space, kept = taught.space, copy.deepcopy(taught.state_dict())
+    exits = [space.path(blocks=range(depth)) for depth in (1, 2)]
+
+    def answers() -> tuple[Tensor, list[float]]:
+        with torch.no_grad():
+            return taught(inputs, space.full), [F.cross_entropy(taught(inputs, path), labels).item() for path in exits]
+
+    full, before = answers()
+    taught.requires_grad_(False)
+    taught.bridge.requires_grad_(True)
+    fit(taught, data, sandwich(exits, feature_weight=0.0), recipe=recipe, progress=False)
+    same, after = answers()
+    changed = {name for name, value in taught.state_dict().items() if not torch.equal(value, kept[name])}
+    assert torch.equal(same, full) and changed and all(name.startswith("bridge.") for name in changed)
+    assert all(now < 0.8 * then for now, then in zip(after, before, strict=True)), (before, after)
