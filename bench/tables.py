@@ -296,7 +296,7 @@ def engine() -> str:
         "",
         "### Memory",
         "",
-        "What a process grew by at most, the run time itself left out: the engine with all paths over the dense graph, both at the largest batch. Activations",
+        "What a process that finds its graphs in a cache grew by at most, the run time itself left out: the engine with all paths over the dense graph, both at the largest batch. Activations",
         "",
     ]
     lines[-2] += " are exact, of the modules run operator by operator."

@@ -156,9 +156,9 @@ def size(file: File) -> int:
 
 
 def capture(flat: Flat, tensors: tuple[Tensor, ...], name: str) -> ExportedProgram:
-    """One whole graph in torch's operators, less those that no run time here reads. Raises EngineError."""
+    """One whole graph in torch's operators. Raises EngineError."""
     try:
-        return torch.export.export(flat, tensors, strict=False).run_decompositions({aten.index_add.default: _index_add})
+        return torch.export.export(flat, tensors, strict=False)
     except Exception as error:  # the exporter raises errors of many unrelated classes
         raise not_whole(name, str(error)) from error
 
@@ -235,6 +235,6 @@ def _form(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype, leaf.device.type) if isinstance(leaf, Tensor) else leaf
 
 
-def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
+def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
     """The same sum in an operator that both run times read."""
     return aten.index_put(x, [None] * (dim % x.ndim) + [index], source if alpha == 1 else source * alpha, True)

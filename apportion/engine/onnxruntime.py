@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from apportion.engine.exported import AGREEMENT, Loaded, missing, size
+from apportion.engine.exported import AGREEMENT, Loaded, index_add, missing, size
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -35,7 +35,7 @@ class OnnxRuntime:
         self.version: str = f"{onnxruntime.__version__} onnxscript {onnxscript.__version__} opset {OPSET}"
 
     def convert(self, program: ExportedProgram, file: File) -> None:
-        plain = program.run_decompositions({aten.sort.stable: _sort, aten.argsort.stable: _argsort})
+        plain = program.run_decompositions({aten.index_add.default: index_add, aten.sort.stable: _sort, aten.argsort.stable: _argsort})
         written = torch.onnx.export(plain, dynamo=True, opset_version=OPSET, verbose=False)
         assert written is not None  # None is the answer of the exporter that dynamo=True replaces
         written.save(file)

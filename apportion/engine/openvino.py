@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, MADV_DONTNEED, mmap
 from pathlib import Path as File
@@ -15,9 +15,10 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, final
 import numpy as np
 import torch
 from torch import Tensor
+from torch._ops import OperatorBase
 from torch.export import ExportedProgram
 
-from apportion.engine.exported import AGREEMENT, Loaded, missing, size
+from apportion.engine.exported import AGREEMENT, Loaded, index_add, missing, size
 
 if TYPE_CHECKING:
     from openvino import InferRequest, Model
@@ -51,6 +52,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = Non
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # in memory as the kernel leaves it, because views of it follow
 
 
+REWRITTEN: dict[OperatorBase, Callable[..., Any]] = {aten.index_add.default: index_add, aten.max.dim: _max, aten.scaled_dot_product_attention.default: _attend}
+
+
 @final
 class OpenVINO:
     """Raises EngineError where the package is missing."""
@@ -72,7 +76,7 @@ class OpenVINO:
         # The front end itself, because openvino.convert_model reports its use to the vendor unless the user opted out.
         reader = FrontEndManager().load_by_framework("pytorch")
         logging.getLogger().addFilter(_wanted)
-        plain = program.run_decompositions({aten.max.dim: _max, aten.scaled_dot_product_attention.default: _attend})
+        plain = program.run_decompositions(REWRITTEN)
         try:
             source = TorchFXPythonDecoder.from_exported_program(plain)  # the reader does not keep it alive
         finally:
