@@ -296,10 +296,10 @@ def engine() -> str:
         "",
         "### Memory",
         "",
-        "What a process that finds its graphs in a cache grew by at most, the run time itself left out: the engine with all paths over the dense graph, both at the largest batch. Activations",
+        "What a process that finds its graphs in a cache grew by at most, the run time itself left out: the engine with all paths over the dense graph,",
+        "both at the largest batch. Activations are exact, of the modules run operator by operator.",
         "",
     ]
-    lines[-2] += " are exact, of the modules run operator by operator."
     lines += ["| network | run time | batch | engine over dense | activations, dense, MiB | cheapest path | dearest below full | full |", "|---" * 8 + "|"]
     for row in found["memory"]["found"]:
         held = row["activation_bytes"]
