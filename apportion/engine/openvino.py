@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import mmap as maps
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, MADV_DONTNEED, mmap
+from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path as File
 from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, final
@@ -143,7 +144,7 @@ class Weights:
         """Out of memory what nobody may read again; whoever does reads the file."""
         if sys.platform == "linux":
             for mapped, _ in self._known.values():
-                mapped.madvise(MADV_DONTNEED)
+                mapped.madvise(maps.MADV_DONTNEED)  # a name that other systems do not have
 
     def _array(self, given: Any, file: IO[bytes]) -> Any:
         content = given.tobytes()
