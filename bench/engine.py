@@ -329,6 +329,6 @@ def main(parts: Sequence[str], repeats: int) -> None:
         "memory": memory,
     }
     for part in parts or make:
-        found[part] = {"day": time.strftime("%Y-%m-%d"), "found": make[part]()}
+        found[part] = {"day": time.strftime("%Y-%m-%d"), "commit": results.commit(), "found": make[part]()}
         results.write("engine", "python -m bench engine", {part: found[part] for part in make if part in found})
     draw(found["paths"]["found"], results.FOLDER.parent.parent / "docs" / "engine.png")

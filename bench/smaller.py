@@ -74,7 +74,7 @@ def texts(data: File, model: File, runs: File, *, sets: Sequence[str], depths: S
         for depth in depths or (near, near - 1, near + 1):
             done[depth] = one(data / name, model, runs / name, text.ALLOWANCES[name], depth, spent)
             print(name, done[depth], flush=True)
-            made = {"day": time.strftime("%Y-%m-%d"), "adaptive": ours, "smaller": [done[blocks] for blocks in sorted(done)]}
+            made = {"day": time.strftime("%Y-%m-%d"), "commit": results.commit(), "adaptive": ours, "smaller": [done[blocks] for blocks in sorted(done)]}
             write({"texts": kept | {name: made}})
 
 

@@ -145,7 +145,7 @@ def main(data: File, model: File, runs: File, *, sets: list[str], repeats: int =
     for name in sets:
         allowance = ALLOWANCES[name]
         made = one(read_model(model, length=allowance.length), data / name, allowance, runs / name, repeats)
-        found[name] = {**made, "day": time.strftime("%Y-%m-%d")}
+        found[name] = {**made, "day": time.strftime("%Y-%m-%d"), "commit": results.commit()}
         results.write("text", "python -m bench text --data FOLDER --model MODEL --sets SET", {"runs": found})
 
 
