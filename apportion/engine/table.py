@@ -120,12 +120,13 @@ class Table:
 
         Raises EngineError, and forgets every graph, where the rungs do not all answer in one shape.
         """
-        seen, self._seen = self._seen, {}
         if len(answers) != 1:
             self._graphs.clear()
+            self._seen.clear()
             raise EngineError(f"rungs that answer in shapes {sorted(answers)}", wanted="one shape for all", do="Give every rung the same head.")
         if copied_bytes(self._graphs.values()) > SPARE:
-            self._graphs = dict(zip(seen, together([self._graphs[key] for key in seen], list(seen.values())), strict=True))
+            self._graphs = dict(zip(self._seen, together([self._graphs[key] for key in self._seen], list(self._seen.values())), strict=True))
+        self._seen = {}  # not before: what could not be joined is not whole, and is not served
 
     def blank(self) -> Tensor:
         """Inputs for the largest bucket."""
@@ -150,7 +151,11 @@ class Table:
     def check(self, inputs: Tensor) -> None:
         """Raises EngineError before all graphs are there, and for inputs of another shape, dtype or device."""
         if not self.whole:
-            raise EngineError(f"{len(self._graphs)} of {self.wanted} graphs built", wanted="all of them before the first call", do="Call warm() once.")
+            raise EngineError(
+                f"{len(self._graphs)} of {self.wanted} graphs built",
+                wanted="all of them, and warm() come to its end, before the first call",
+                do="Call warm() once.",
+            )
         if inputs.shape[1:] != self._shape or inputs.dtype != self._dtype or inputs.device != self._device or not len(inputs):
             raise EngineError(
                 f"inputs of shape {tuple(inputs.shape)}, {inputs.dtype}, on {inputs.device}",

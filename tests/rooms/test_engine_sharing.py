@@ -137,6 +137,20 @@ def test_a_start_that_was_broken_off_goes_on(network, both, monkeypatch):
     same(it(inputs(network, 9), budget=1.0), apart(inputs(network, 9), budget=1.0))
 
 
+def test_what_could_not_be_joined_is_not_served(network, both, monkeypatch):
+    apart, _, cache = both
+    monkeypatch.setattr(tables, "SPARE", 0)
+    it, x = engine(network, cache), inputs(network, 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "together", lambda *_: (_ for _ in ()).throw(EngineError("a", wanted="b", do="c")))
+        with pytest.raises(EngineError, match="found a"):
+            it.warm()
+        with pytest.raises(EngineError, match="8 of 8 graphs built"):
+            it(x, budget=1.0)
+    assert it.warm() == 8
+    same(it(x, budget=1.0), apart(x, budget=1.0))
+
+
 def test_what_answers_otherwise_than_by_itself_is_refused(network):
     module, x = network.at(network.space.full), inputs(network, 1)
     with serving():
