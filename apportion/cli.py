@@ -51,7 +51,8 @@ Measured = Annotated[
     str,
     typer.Option(
         "--backend",
-        help="inductor (compiled, fast), eager (starts at once), openvino, onnxruntime, onnxruntime-int8, or auto: the fastest here.",
+        help="inductor (compiled, fast), aotinductor (compiled, kept, no copies of weights), eager (starts at once), openvino, onnxruntime, "
+        "onnxruntime-int8, or auto: the fastest here.",
     ),
 ]
 Folder = Annotated[File, typer.Argument(help="The folder of a bundle.")]

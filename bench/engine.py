@@ -31,7 +31,7 @@ from apportion.control.policy import Policy
 from apportion.deliver import deciding
 from apportion.deliver.adapted import routed
 from apportion.deliver.costs import mean_rung_macs
-from apportion.engine import Backend, Engine, Graph, build, serving
+from apportion.engine import Backend, Engine, Graph, build, plain, serving
 from apportion.intake import Preprocess, read_model
 from apportion.intake._torchvision import ready
 from apportion.measure.forecast import forecast, work
@@ -49,7 +49,9 @@ BACKENDS: tuple[Backend, ...] = ("openvino", "onnxruntime", "inductor")
 TIMED = {"small ViT, 32 pixels": BACKENDS, "ViT-S/16, 224 pixels": BACKENDS[:2]}  # torch's compiler takes half a minute for each graph of the larger one
 REQUESTS = 10_000  # batches of traffic
 LARGEST = 32  # samples in one of them, at most
+PIECES = (32, 16, 8)  # samples at once, of LARGEST in a call
 HELD_OUT = 6  # paths that the table of times is asked about
+STORED: tuple[Backend, ...] = ("openvino", "onnxruntime", "aotinductor")  # those that find their graphs in a cache
 
 
 class Served(NamedTuple):
@@ -243,15 +245,10 @@ def drawn(space: Space, draw: random.Random) -> Path:
 
 
 def memory() -> list[dict[str, Any]]:
-    """What a process holds at most for the dense network and for the engine, each in a process of its own; and activations, to the byte, run eagerly."""
+    """What a process holds at most for the dense network and for the engine, each in a process of its own."""
     rows = []
-    for name, architecture in NETWORKS.items():
-        dense, ours = networks(architecture)
-        batch = BATCHES[name][-1]
-        inputs = torch.randn(batch, *architecture.input_shape)
-        alone = peak_bytes(lambda dense=dense, inputs=inputs: dense(inputs, dense.space.full))
-        acts = [peak_bytes(lambda ours=ours, path=path, inputs=inputs: ours(inputs, path)) for path in sorted(paths(ours.space), key=ours.macs)]
-        for backend in BACKENDS[:2]:
+    for name in NETWORKS:
+        for backend in STORED:
             with TemporaryDirectory() as cache:  # the first start converts, the second is what is measured
                 held = [{what: measured(name, backend, what, cache) for what in ("nothing", "dense", "engine")} for _ in range(2)][-1]
             grown = {what: held[what] - held["nothing"] for what in ("dense", "engine")}
@@ -259,14 +256,36 @@ def memory() -> list[dict[str, Any]]:
                 {
                     "network": name,
                     "backend": backend,
-                    "batch": batch,
+                    "batch": BATCHES[name][-1],
                     "peak_bytes": held,
                     "engine_over_dense": grown["engine"] / grown["dense"],
                     "from_cache": True,
                 }
             )
-            rows[-1] |= {"activation_bytes": {"dense": alone, "paths": acts}, "paths": len(acts)}
             print(rows[-1], flush=True)
+    return rows
+
+
+def activations() -> list[dict[str, Any]]:
+    """Most bytes of activations alive at once while so many samples are answered, all on the dearest of the paths; exact, operator by operator.
+
+    An engine whose largest batch is smaller than a call runs the call in pieces, decision included. The dense network is shown in the same pieces.
+    """
+    rows = []
+    for name, architecture in NETWORKS.items():
+        dense, ours = networks(architecture)
+        inputs = torch.randn(LARGEST, *architecture.input_shape, generator=torch.Generator().manual_seed(0))
+
+        def whole(size: int, dense: Network = dense, inputs: Tensor = inputs) -> None:
+            for piece in inputs.split(size):
+                dense(piece, dense.space.full)
+
+        with serving():
+            alone = {size: peak_bytes(partial(whole, size)) for size in PIECES}
+            engines = {size: served(ours, "eager", (size,), plain) for size in PIECES}
+            held = {size: max(peak_bytes(partial(it.engine.forced, inputs, rung)) for rung in range(len(it.paths))) for size, it in engines.items()}
+        rows.append({"network": name, "samples": LARGEST, "dense_bytes": alone, "engine_bytes": held})
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -327,6 +346,7 @@ def main(parts: Sequence[str], repeats: int) -> None:
         "traffic": traffic,
         "table": lambda: table(repeats),
         "memory": memory,
+        "activations": activations,
     }
     for part in parts or make:
         found[part] = {"day": time.strftime("%Y-%m-%d"), "commit": results.commit(), "found": make[part]()}

@@ -297,14 +297,28 @@ def engine() -> str:
         "### Memory",
         "",
         "What a process that finds its graphs in a cache grew by at most, the run time itself left out: the engine with all paths over the dense graph,",
-        "both at the largest batch. Activations are exact, of the modules run operator by operator.",
+        "both at the largest batch.",
         "",
+        "| network | run time | batch | engine over dense |",
+        "|---|---|---|---|",
     ]
-    lines += ["| network | run time | batch | engine over dense | activations, dense, MiB | cheapest path | dearest below full | full |", "|---" * 8 + "|"]
-    for row in found["memory"]["found"]:
-        held = row["activation_bytes"]
-        cells = [f"{each / 2**20:.1f}" for each in (held["dense"], held["paths"][0], held["paths"][-2], held["paths"][-1])]
-        lines.append(f"| {row['network']} | {row['backend']} | {row['batch']} | {row['engine_over_dense']:.2f}x | {' | '.join(cells)} |")
+    lines += [f"| {row['network']} | {row['backend']} | {row['batch']} | {row['engine_over_dense']:.2f}x |" for row in found["memory"]["found"]]
+    held = found["activations"]["found"]
+    lines += [
+        "",
+        "### Activations",
+        "",
+        f"Most that is alive at once while {held[0]['samples']} samples are answered on the dearest path, operator by operator, to the byte, over the dense",
+        "network on all of them at once. An engine whose largest batch is smaller runs a call in pieces; so could the dense network. What smaller batches",
+        "cost in time is above.",
+        "",
+        "| network | dense, all at once, MiB | " + " | ".join(f"engine, {size} at once | dense, {size} at once" for size in held[0]["engine_bytes"]) + " |",
+        "|---|---" + "|---" * 2 * len(held[0]["engine_bytes"]) + "|",
+    ]
+    for row in held:
+        whole = row["dense_bytes"][str(row["samples"])]
+        shares = [f"{row['engine_bytes'][size] / whole:.2f}x | {row['dense_bytes'][size] / whole:.2f}x" for size in row["engine_bytes"]]
+        lines.append(f"| {row['network']} | {whole / 2**20:.1f} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -49,8 +49,8 @@ class Runtime(Protocol):
         """Write the program in the run time's own format. Whatever it raises is reported by the operators that it names."""
         ...
 
-    def load(self, files: Sequence[File], *, threads: int) -> list[Loaded]:
-        """A callable for each file, in their order."""
+    def load(self, files: Sequence[File], *, threads: int, weights: Sequence[Mapping[str, Tensor]]) -> list[Loaded]:
+        """A callable for each file, in their order. `weights`: of each the module's own by name, for a run time that can look into them."""
         ...
 
 
@@ -101,7 +101,7 @@ def exported(module: nn.Module, example: tuple[Any, ...], *, runtime: Runtime, n
         program = capture(flat, tensors, name)
         folder = File(mkdtemp(prefix="apportion-")) if cache is None else cache
         file = folder / f"{digest(program, runtime)}{runtime.suffix}"
-        stored = Stored(runtime, file, name, partial(_sealed, example=example, answer=answer, name=name))
+        stored = Stored(runtime, file, name, partial(_sealed, example=example, answer=answer, name=name), named(program))
         if cache is None:
             weakref.finalize(stored, shutil.rmtree, folder, ignore_errors=True)
         if not file.exists():
@@ -120,11 +120,13 @@ class Stored:
     file: File
     name: str
     seal: Callable[[Run], Callable[..., Any]]
+    weights: Mapping[str, Tensor]
 
 
 def load(stored: Sequence[Stored]) -> list[Graph]:
     """All in one call of the run time, which is the same for all."""
-    loaded = stored[0].runtime.load([each.file for each in stored], threads=torch.get_num_threads())
+    files, weights = [each.file for each in stored], [each.weights for each in stored]
+    loaded = stored[0].runtime.load(files, threads=torch.get_num_threads(), weights=weights)
     return [Graph(each.seal(run), weight_bytes, each) for each, (run, weight_bytes) in zip(stored, loaded, strict=True)]
 
 
@@ -163,11 +165,16 @@ def capture(flat: Flat, tensors: tuple[Tensor, ...], name: str) -> ExportedProgr
         raise not_whole(name, str(error)) from error
 
 
+def named(program: ExportedProgram) -> dict[str, Tensor]:
+    """All that it holds beside operators; weights and buffers are the module's own."""
+    constants = {key: value for key, value in program.constants.items() if isinstance(value, Tensor)}
+    return {**program.state_dict, **constants}
+
+
 def digest(program: ExportedProgram, runtime: Runtime) -> str:
     """What the converted file depends on: operators with their shapes, weights, and who converts."""
     found = hashlib.sha256(f"{type(runtime).__name__} {runtime.version} torch {torch.__version__}\n{program}".encode())
-    constants = {key: value for key, value in program.constants.items() if isinstance(value, Tensor)}
-    for key, tensor in sorted({**program.state_dict, **constants}.items()):
+    for key, tensor in sorted(named(program).items()):
         found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -13,7 +13,7 @@ from apportion.errors import EngineError
 if TYPE_CHECKING:
     from apportion.engine.exported import Stored
 
-Backend = Literal["inductor", "eager", "openvino", "onnxruntime", "onnxruntime-int8"]
+Backend = Literal["inductor", "aotinductor", "eager", "openvino", "onnxruntime", "onnxruntime-int8"]
 ALONE: tuple[Backend, ...] = ("onnxruntime-int8",)
 """Back-ends in whose batches an answer depends on the samples beside it: they run one sample at a time."""
 COARSE: tuple[Backend, ...] = ("onnxruntime-int8",)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path as File
 from typing import TYPE_CHECKING, final
@@ -40,7 +40,7 @@ class OnnxRuntime:
         assert written is not None  # None is the answer of the exporter that dynamo=True replaces
         written.save(file)
 
-    def load(self, files: Sequence[File], *, threads: int) -> list[Loaded]:
+    def load(self, files: Sequence[File], *, threads: int, weights: Sequence[Mapping[str, Tensor]]) -> list[Loaded]:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -70,8 +70,8 @@ class Int8:
         self._plain = OnnxRuntime()
         self.version: str = f"INT8 {self._plain.version}"
 
-    def load(self, files: Sequence[File], *, threads: int) -> list[Loaded]:
-        return self._plain.load(files, threads=threads)
+    def load(self, files: Sequence[File], *, threads: int, weights: Sequence[Mapping[str, Tensor]]) -> list[Loaded]:
+        return self._plain.load(files, threads=threads, weights=weights)
 
     def convert(self, program: ExportedProgram, file: File) -> None:
         import onnx

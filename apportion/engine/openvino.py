@@ -6,7 +6,7 @@ import hashlib
 import logging
 import mmap as maps
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path as File
@@ -86,20 +86,20 @@ class OpenVINO:
         model.reshape(dict(enumerate(shapes(program))))  # the reader leaves them open, which costs a small graph a twentieth of its time
         openvino.save_model(model, file, compress_to_fp16=False)
 
-    def load(self, files: Sequence[File], *, threads: int) -> list[Loaded]:
+    def load(self, files: Sequence[File], *, threads: int, weights: Sequence[Mapping[str, Tensor]]) -> list[Loaded]:
         import openvino
 
-        core, weights = openvino.Core(), Weights()
+        core, packed = openvino.Core(), Weights()
         models = [core.read_model(file) for file in files]
         if len(models) == 1:
             whole, held, parts = models[0], [size(files[0])], [Part(None, range(len(models[0].inputs)), range(len(models[0].outputs)))]
         else:
             with TemporaryFile() as file:  # what is mapped stays when it is closed
-                held = [weights.hold(model, file) for model in models]
+                held = [packed.hold(model, file) for model in models]
             whole, parts = joined(models)
         exact = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
         graph = core.compile_model(whole, "CPU", {**exact, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1})
-        weights.release()
+        packed.release()
         idle = [Desk(graph.create_infer_request())]
 
         def run(part: Part, tensors: Sequence[Tensor]) -> list[Tensor]:

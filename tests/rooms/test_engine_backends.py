@@ -25,7 +25,7 @@ pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 EXACT = [name for name in RUNTIMES if name not in COARSE]  # what rounds is held in tests/test_checkpoints.py
-both = pytest.mark.parametrize("backend", EXACT)
+both = pytest.mark.parametrize("backend", [name for name in EXACT if name != "aotinductor"])  # which runs torch's own code, and takes long to build
 
 
 class State(NamedTuple):
@@ -152,8 +152,11 @@ def test_the_form_in_memory_is_free(toy):
 
 @pytest.mark.slow
 def test_the_weights_it_holds_are_counted(toy):
-    _, graph, *_ = toy
-    assert 80 <= graph.weight_bytes < 20_000  # 20 numbers, and the file around them
+    _, graph, backend, _ = toy
+    if backend == "aotinductor":
+        assert graph.weight_bytes == 0
+    else:
+        assert 80 <= graph.weight_bytes < 20_000  # 20 numbers, and the file around them
 
 
 @pytest.mark.slow
@@ -184,8 +187,8 @@ def test_a_converted_graph_that_is_another_function_is_refused(toy, monkeypatch)
     runtime = type(RUNTIMES[backend]())
     load = runtime.load
 
-    def wrong(self, files, *, threads):
-        ((call, weight_bytes),) = load(self, files, threads=threads)
+    def wrong(self, files, *, threads, weights):
+        ((call, weight_bytes),) = load(self, files, threads=threads, weights=weights)
         return [Loaded(lambda tensors: [out * 1.1 if out.is_floating_point() else out for out in call(tensors)], weight_bytes)]
 
     monkeypatch.setattr(runtime, "load", wrong)
@@ -294,7 +297,7 @@ def test_an_engine_takes_a_back_end_by_name(backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", [name for name in EXACT if name != "inductor"])
+@both
 def test_padded_texts_merge_as_eager_merges_them(backend):
     """A head for each token shows where every word went: run times once differed in how they divide negative numbers, and kept another count of each text."""
     torch.manual_seed(0)
