@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path as File
 from typing import Any, NamedTuple, final
@@ -40,10 +40,10 @@ class Peer(NamedTuple):
 class Masked(nn.Module):
     """An early exit as it is often published: every block runs on every sample, and those that are sure at the exit are given that answer."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, exit: int = EXIT) -> None:
         super().__init__()
         self.network, space = network, network.space
-        self.start, self.rest = space.full.steps[:EXIT], space.full.steps[EXIT:]
+        self.start, self.rest = space.full.steps[:exit], space.full.steps[exit:]
 
     def forward(self, inputs: Tensor) -> Tensor:
         tokens = self.network.run(self.network.tokeniser(inputs, self.network.space.patch), self.start)
@@ -83,41 +83,42 @@ def made(dense: Network, merging: Network, runs: File) -> dict[str, Peer]:
     peers["early exit that masks, inductor"] = graphed(Masked(merging).eval(), macs, "inductor")
     for run in ("training-free", "healed"):
         for backend in ("inductor", "openvino"):
-            adapted = apportion.load(runs / run, backend=backend, buckets=BATCHES)
-            adapted.warm(lambda text, name=f"{run}, {backend}": print(f"{name}: {text}", flush=True))
-            peers[f"adaptive, {run}, {backend}"] = Peer(dict.fromkeys(BATCHES, adapted), float("nan"), lambda x, it=adapted: it(x).logits)
+            peers[f"adaptive, {run}, {backend}"] = adaptive(runs / run, backend)
     return peers
 
 
-def graphed(module: nn.Module, gmacs: float, backend: Backend) -> Peer:
-    graphs = {batch: build(module, (torch.zeros(batch, 3, 224, 224),), backend=backend, name=f"peer {batch}") for batch in BATCHES}
-    return Peer(dict(graphs), gmacs, graphs[BATCHES[-1]])
+def graphed(module: nn.Module, gmacs: float, backend: Backend, *, size: int = 224, batches: Sequence[int] = BATCHES) -> Peer:
+    graphs = {batch: build(module, (torch.zeros(batch, 3, size, size),), backend=backend, name=f"peer {batch}") for batch in batches}
+    return Peer(dict(graphs), gmacs, graphs[batches[-1]])
 
 
-def weighed(peers: dict[str, Peer], report: ImageSet, preprocess: Preprocess, repeats: int) -> list[dict[str, Any]]:
-    """Accuracy of every peer, then all of them timed in the same rounds."""
+def adaptive(folder: File, backend: Backend, batches: Sequence[int] = BATCHES) -> Peer:
+    """A bundle, every input on its own path."""
+    adapted = apportion.load(folder, backend=backend, buckets=tuple(batches))
+    adapted.warm(lambda text: print(f"{folder.name}, {backend}: {text}", flush=True))
+    return Peer(dict.fromkeys(batches, adapted), float("nan"), lambda x: adapted(x).logits)
+
+
+def weighed(peers: dict[str, Peer], report: ImageSet, preprocess: Preprocess, repeats: int, same: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Accuracy of every peer, then all of them timed in the same rounds. `same`: who answers as whom, in single precision, and is not asked again."""
     rows: dict[str, dict[str, Any]] = {}
     with serving():
         for name, peer in peers.items():
-            right, spent = 0, 0.0
-            for inputs, labels in report.batches(BATCHES[-1], preprocess):
-                padded = torch.cat([inputs, inputs[-1:].expand(BATCHES[-1] - len(inputs), -1, -1, -1)])
-                right += int((peer.answer(padded)[: len(inputs)].argmax(-1) == labels).sum())
-                if name.startswith("adaptive"):
-                    spent += float(peer.calls[BATCHES[-1]](inputs).cost.sum())
-            gmacs = spent / len(report) if spent else peer.gmacs
-            rows[name] = {"peer": name, "accuracy": right / len(report), "gmacs": gmacs}
+            rows[name] = {"peer": name, **(answered(name, peer, report, preprocess) if name not in (same or {}) else {})}
             print(rows[name], flush=True)
-        for batch in BATCHES:
+        for name, whose in (same or {}).items():
+            rows[name] |= {"accuracy": rows[whose]["accuracy"], "gmacs": rows[whose]["gmacs"], "answers_of": whose}
+        for batch in sorted({batch for peer in peers.values() for batch in peer.calls}):
+            able = [name for name, peer in peers.items() if batch in peer.calls]
             # Different images in every round: an adaptive network takes a different path for each.
-            rounds = {name: iter(range(10**9)) for name in peers}
+            rounds = {name: iter(range(10**9)) for name in able}
             inputs = torch.cat([x for x, _ in report.rows(range(64)).batches(64, preprocess)])
 
             def call(name: str, batch: int = batch, inputs: Tensor = inputs, rounds: dict[str, Any] = rounds) -> None:
                 start = (next(rounds[name]) * batch) % len(inputs)
                 peers[name].calls[batch](inputs[start : start + batch])
 
-            times = interleaved({name: partial(call, name) for name in peers}, repeats=repeats)
+            times = interleaved({name: partial(call, name) for name in able}, repeats=repeats)
             for name, timing in times.items():
                 over = ratio(timing, times["dense, inductor"])
                 rows[name][f"batch {batch}"] = {"ms": timing.median_ms / batch, "over_dense_inductor": over._asdict()}
@@ -126,3 +127,14 @@ def weighed(peers: dict[str, Peer], report: ImageSet, preprocess: Preprocess, re
                     saved = realisation_ratio(times[like].median_ms, timing.median_ms, rows[like]["gmacs"], rows[name]["gmacs"])
                     rows[name][f"batch {batch}"]["realisation"] = saved
     return list(rows.values())
+
+
+def answered(name: str, peer: Peer, report: ImageSet, preprocess: Preprocess) -> dict[str, float]:
+    """Share of right answers, by the very calls that are timed, and the mean multiply-adds that they took."""
+    right, spent, batch = 0, 0.0, max(peer.calls)
+    for inputs, labels in report.batches(batch, preprocess):
+        padded = torch.cat([inputs, inputs[-1:].expand(batch - len(inputs), -1, -1, -1)])
+        right += int((peer.answer(padded)[: len(inputs)].argmax(-1) == labels).sum())
+        if name.startswith("adaptive"):
+            spent += float(peer.calls[batch](inputs).cost.sum())
+    return {"accuracy": right / len(report), "gmacs": spent / len(report) if spent else peer.gmacs}

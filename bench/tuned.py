@@ -1,9 +1,10 @@
-"""Pictures: a pretrained DeiT-Tiny fine-tuned by us on CIFAR-10, and the same network made adaptive on the same pictures.
+"""Pictures: a pretrained DeiT-Tiny fine-tuned by us on CIFAR-10, and the same network made adaptive on the same pictures, beside what else one could do.
 
 `python -m bench tuned --data FOLDER --model FILE.safetensors` wants FOLDER/cifar10.npz and DeiT-Tiny's weights. Pictures are enlarged to 96 pixels, positions
 resampled for them. Every tenth training picture of each class is held out to learn and place the controller; the test pictures are read once, at the end.
 What the adaptive network is held against is the dense one trained on for as many multiply-adds as healing took; beside it, smaller networks (the first blocks
-of DeiT-Tiny) that had as many in all. One seed. Training resumes where it was cut off.
+of DeiT-Tiny) that had as many in all; other run times, INT8, and static cuts of the healed network, in one interleaved run. One seed. Training resumes where
+it was cut off.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ import torch
 from PIL import Image
 
 from apportion.deliver import deciding
+from apportion.engine import Backend
 from apportion.errors import ControlError
 from apportion.intake import ImageSet, Parts, Preprocess, Source, read_model
 from apportion.measure.quality import wilson
 from apportion.network import Network, put
 from apportion.train import Images, Recipe, dense, fit, sandwich
 from apportion.vocab import Choice, Ladder, Path, Plan, Space
-from bench import cifar, results
+from bench import cifar, peers, results
 from bench.plans import Way, compare
 
 SIZE, GLANCE = 96, 2
+MERGED = 2  # tokens merged in every block
 SHARED = {"batch": 64, "warmup": 0.1, "ema": 0.998, "label_smoothing": 0.05, "crop_padding": 6, "flip": True}
 DENSE_EPOCHS, RATE = 0.8, 3e-4
 HEALING_EPOCHS, HEALING_RATE = 0.6, 2e-4
@@ -109,6 +112,35 @@ def answers(network: Network, test: ImageSet, feed: Preprocess) -> dict[str, Any
     return {"accuracy": right.double().mean().item(), "interval": wilson(int(right.sum()), len(right))._asdict()}
 
 
+def beside(dense: Network, network: Network, shorter: dict[int, Network], test: ImageSet, feed: Preprocess, runs: File, repeats: int) -> list[dict[str, Any]]:
+    """Accuracy and time of every other way. Single precision answers alike on all run times, so each network is asked on OpenVINO alone."""
+    merging = copy.deepcopy(dense)
+    put(merging, Choice("reducer", "tome"))
+    space = network.space
+    half, quarter = taught_paths(space)[-2:]
+    static: dict[str, tuple[Network, Path]] = {
+        "dense": (dense, dense.space.full),
+        f"merging {MERGED} tokens in every block, not healed": (merging, merging.space.path(tokens=merging.space.merging(MERGED))),
+        "half of the tokens from block 3, healed": (network, half),
+        "half, then a quarter from block 7, healed": (network, quarter),
+        **{f"{count} of 12 blocks, healed": (network, space.path(blocks=range(count))) for count in (6, 8, 10)},
+        **{f"{count} blocks, trained alike": (each, each.space.full) for count, each in shorter.items()},
+    }
+    found: dict[str, peers.Peer] = {}
+    for name, (it, path) in static.items():
+        found[f"{name}, OpenVINO"] = peers.graphed(it.at(path), it.macs(path) / 1e9, "openvino", size=SIZE, batches=BUCKETS)
+    whole = dense.macs(dense.space.full) / 1e9
+    others: dict[str, Backend] = {"eager": "eager", "inductor": "inductor", "ONNX Runtime": "onnxruntime"}
+    found |= {f"dense, {name}": peers.graphed(dense.at(dense.space.full), whole, it, size=SIZE, batches=BUCKETS) for name, it in others.items()}
+    same = {f"dense, {name}": "dense, OpenVINO" for name in others}
+    found["dense, ONNX Runtime, INT8"] = peers.graphed(dense.at(dense.space.full), whole, "onnxruntime-int8", size=SIZE, batches=BUCKETS)
+    found["early exit that masks, OpenVINO"] = peers.graphed(peers.Masked(network, 8).eval(), whole, "openvino", size=SIZE, batches=BUCKETS)
+    for name, way in WAYS.items():
+        if (runs / name).exists():  # a way that did not hold its tolerance left no bundle
+            found[f"adaptive, {name}, {way.backend}"] = peers.adaptive(runs / name, way.backend, way.buckets)
+    return peers.weighed(found, test, feed, repeats, same)
+
+
 def main(data: File, model: File, runs: File, *, repeats: int = 6, blocks: Sequence[int] = ()) -> None:
     torch.set_num_threads(1)
     begin = time.monotonic()
@@ -128,11 +160,11 @@ def main(data: File, model: File, runs: File, *, repeats: int = 6, blocks: Seque
     longer = learn(copy.deepcopy(begun).requires_grad_(True), taught, spent, runs / "longer", rate=HEALING_RATE, seed=100)
     found: dict[str, Any] = {"before": answers(begun, test, feed), "longer": answers(longer, test, feed), "smaller": []}
     tell(f"on test pictures: {found}")
-    full = longer.macs(longer.space.full)
+    full, shorter = longer.macs(longer.space.full), dict[int, Network]()
     for count in blocks:
         short = shortened(source, len(train.classes), count)
         share = short.macs(short.space.full) / full
-        learn(short, taught, (DENSE_EPOCHS + spent) / share, runs / f"smaller-{count}")
+        shorter[count] = learn(short, taught, (DENSE_EPOCHS + spent) / share, runs / f"smaller-{count}")
         found["smaller"].append({"blocks": count, "share": share, "epochs": (DENSE_EPOCHS + spent) / share, **answers(short, test, feed)})
         tell(f"smaller: {found['smaller'][-1]}")
     parts = Parts(None, *held.split(0.5), test)
@@ -143,5 +175,7 @@ def main(data: File, model: File, runs: File, *, repeats: int = 6, blocks: Seque
         except ControlError as error:
             found[name] = {"missed": str(error)}
             tell(f"missed: {error}")
+    tell("beside what else one could do")
+    found["peers"] = beside(longer, network, shorter, test, feed, runs, 2 * repeats)
     recipe = {**SHARED, "dense_epochs": DENSE_EPOCHS, "rate": RATE, "healing_epochs": HEALING_EPOCHS, "healing_rate": HEALING_RATE, "longer_epochs": spent}
     results.write("tuned", "python -m bench tuned --data FOLDER --model FILE", {"size": SIZE, "pictures": len(train), "recipe": recipe, "runs": found})
