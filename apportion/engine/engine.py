@@ -51,8 +51,9 @@ class Engine:
         if not rungs or gmacs.shape != (len(rungs),):
             raise EngineError(f"{len(rungs)} rungs with costs of shape {tuple(gmacs.shape)}", wanted="at least one rung, one cost for each", do="Measure each.")
         modules = {"decide": decide, **{f"rung {k}": module for k, module in enumerate(rungs)}}
-        self._rungs, self._gmacs = len(rungs), gmacs
+        self._rungs = len(rungs)
         self._table = Table(modules, buckets=buckets, backend=backend, input_shape=input_shape, dtype=dtype, fill=fill, padding=padding, make=make)
+        self._gmacs = gmacs.to(self._table.device)
         self._traffic = Counter[int]()
 
     @property
@@ -131,7 +132,7 @@ class Engine:
                 found = self._table[f"rung {rung}", piece.size](take(state, piece.rows))
                 rows.append(piece.rows if piece.rows is None else first(piece.rows, piece.real))
                 logits.append(first(found, piece.real))
-        return Answer(ordered(logits, rows), index, self._gmacs.to(index.device).index_select(0, index))
+        return Answer(ordered(logits, rows), index, self._gmacs.index_select(0, index))
 
     def _choose(self, inputs: Tensor, budget: float, cap: float) -> tuple[Tokens, Tensor]:
         self._table.check(inputs)

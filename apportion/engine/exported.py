@@ -101,7 +101,7 @@ def exported(module: nn.Module, example: tuple[Any, ...], *, runtime: Runtime, n
         program = capture(flat, tensors, name)
         folder = File(mkdtemp(prefix="apportion-")) if cache is None else cache
         file = folder / f"{digest(program, runtime)}{runtime.suffix}"
-        stored = Stored(runtime, file, name, partial(_sealed, example=example, answer=answer, name=name), named(program))
+        stored = Stored(runtime, file, name, partial(sealed, example=example, answer=answer, name=name), named(program))
         if cache is None:
             weakref.finalize(stored, shutil.rmtree, folder, ignore_errors=True)
         if not file.exists():
@@ -224,7 +224,7 @@ def _agree(found: Sequence[Tensor], wanted: Sequence[Tensor], name: str, agreeme
             )
 
 
-def _sealed(call: Run, example: tuple[Any, ...], answer: Any, name: str) -> Callable[..., Any]:
+def sealed(call: Run, example: tuple[Any, ...], answer: Any, name: str) -> Callable[..., Any]:
     """A call costs a small graph as much as some of its layers, so it does no more than it must."""
     forms, kinds = [_form(leaf) for leaf in leaves(example)], [isinstance(part, tuple) and type(part) for part in example]
 

@@ -11,9 +11,10 @@ import torch
 from apportion.errors import EngineError
 
 if TYPE_CHECKING:
+    from apportion.engine.capture import Recording
     from apportion.engine.exported import Stored
 
-Backend = Literal["inductor", "aotinductor", "eager", "openvino", "onnxruntime", "onnxruntime-int8"]
+Backend = Literal["inductor", "aotinductor", "cudagraphs", "eager", "openvino", "onnxruntime", "onnxruntime-int8"]
 ALONE: tuple[Backend, ...] = ("onnxruntime-int8",)
 """Back-ends in whose batches an answer depends on the samples beside it: they run one sample at a time."""
 COARSE: tuple[Backend, ...] = ("onnxruntime-int8",)
@@ -29,6 +30,8 @@ class Graph:
     """What it holds of weights beside the module's own and beside graphs that share them, before a run time pads or packs them."""
     stored: Stored | None = None
     """The file that it was loaded from, if it was."""
+    recording: Recording | None = None
+    """What it was recorded from, if it is a recording of what a device did."""
 
     def __call__(self, *inputs: Any) -> Any:
         return self.run(*inputs)

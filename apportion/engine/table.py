@@ -11,6 +11,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
+from apportion.engine.capture import pooled
 from apportion.engine.exported import copied_bytes, resting, together
 from apportion.engine.graph import ALONE, Backend, Graph, check_backend
 from apportion.errors import EngineError
@@ -67,7 +68,7 @@ class Table:
         self._backend: Backend = backend
         self._shape, self._dtype, self._fill, self._padding = tuple(input_shape), dtype, fill, padding
         tensors = chain.from_iterable(part for module in modules.values() for part in (module.parameters(), module.buffers()))
-        self._device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        self.device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         self._graphs: dict[tuple[str, int], Graph] = {}
         self._seen: dict[tuple[str, int], tuple[tuple[Any, ...], Any]] = {}
         self._last: tuple[tuple[float, float], tuple[Tensor, Tensor]] = (1.0, math.inf), self._limits(1.0, math.inf)
@@ -126,11 +127,12 @@ class Table:
             raise EngineError(f"rungs that answer in shapes {sorted(answers)}", wanted="one shape for all", do="Give every rung the same head.")
         if copied_bytes(self._graphs.values()) > SPARE:
             self._graphs = dict(zip(self._seen, together([self._graphs[key] for key in self._seen], list(self._seen.values())), strict=True))
+        self._graphs |= pooled(self._graphs)
         self._seen = {}  # not before: what could not be joined is not whole, and is not served
 
     def blank(self) -> Tensor:
         """Inputs for the largest bucket."""
-        made = torch.full((self.buckets[-1], *self._shape), self._fill, dtype=self._dtype, device=self._device)
+        made = torch.full((self.buckets[-1], *self._shape), self._fill, dtype=self._dtype, device=self.device)
         if self._padding is not None:
             ids = made if made.ndim == 2 else made[:, 0]
             ids[:, -(ids.shape[1] // 3) or ids.shape[1] :] = self._padding
@@ -146,7 +148,7 @@ class Table:
     def _limits(self, budget: float, cap: float) -> tuple[Tensor, Tensor]:
         if math.isnan(budget) or math.isnan(cap):
             raise EngineError(f"budget {budget} with cap {cap}", wanted="two numbers", do="State what may be spent.")
-        return torch.tensor(budget, dtype=torch.float32, device=self._device), torch.tensor(cap, dtype=torch.float32, device=self._device)
+        return torch.tensor(budget, dtype=torch.float32, device=self.device), torch.tensor(cap, dtype=torch.float32, device=self.device)
 
     def check(self, inputs: Tensor) -> None:
         """Raises EngineError before all graphs are there, and for inputs of another shape, dtype or device."""
@@ -156,9 +158,9 @@ class Table:
                 wanted="all of them, and warm() come to its end, before the first call",
                 do="Call warm() once.",
             )
-        if inputs.shape[1:] != self._shape or inputs.dtype != self._dtype or inputs.device != self._device or not len(inputs):
+        if inputs.shape[1:] != self._shape or inputs.dtype != self._dtype or inputs.device != self.device or not len(inputs):
             raise EngineError(
                 f"inputs of shape {tuple(inputs.shape)}, {inputs.dtype}, on {inputs.device}",
-                wanted=f"(b, {', '.join(map(str, self._shape))}) with b >= 1, {self._dtype}, on {self._device}",
+                wanted=f"(b, {', '.join(map(str, self._shape))}) with b >= 1, {self._dtype}, on {self.device}",
                 do="Resize or convert the inputs, or make an engine for this shape.",
             )

@@ -57,14 +57,14 @@ def test_the_fastest_that_agrees_is_taken_over_both_batch_sizes(monkeypatch: pyt
     found = rank(tiny(), images(4), repeats=5, tell=told.append)
     assert found.backend == "eager"  # behind at batch 4, further ahead at batch 1
     assert [[trial.backend for trial in trials] for trials in found.trials.values()] == [
-        ["eager", "inductor", "aotinductor", "openvino", "onnxruntime"],
+        ["eager", "inductor", "aotinductor", "cudagraphs", "openvino", "onnxruntime"],
         ["inductor", "eager"],
     ]
     assert any("answers differ" in text for text in told) and any("no package onnxruntime" in text for text in told) and told[-1] == "back-end: eager"
-    assert all("\n" not in text for text in told) and len(told) == 2 + 5 + 2 + 1
+    assert all("\n" not in text for text in told) and len(told) == 2 + 6 + 2 + 1
     plain = json.loads(json.dumps(found.plain(), allow_nan=False))
-    assert plain["backend"] == "eager" and [row["batch"] for row in plain["trials"]] == [1, 1, 1, 1, 1, 4, 4]
-    assert [row["ms"] is None for row in plain["trials"]] == [False, False, True, True, True, False, False]
+    assert plain["backend"] == "eager" and [row["batch"] for row in plain["trials"]] == [1, 1, 1, 1, 1, 1, 4, 4]
+    assert [row["ms"] is None for row in plain["trials"]] == [False, False, True, True, True, True, False, False]
 
 
 def test_a_lead_within_the_noise_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
