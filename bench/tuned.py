@@ -158,15 +158,16 @@ def main(data: File, model: File, runs: File, *, repeats: int = 6, blocks: Seque
     spent = HEALING_EPOCHS * healing_macs(network) / 3
     tell(f"healed; the dense network goes on for {spent:.2f} epochs")
     longer = learn(copy.deepcopy(begun).requires_grad_(True), taught, spent, runs / "longer", rate=HEALING_RATE, seed=100)
-    found: dict[str, Any] = {"before": answers(begun, test, feed), "longer": answers(longer, test, feed), "smaller": []}
-    tell(f"on test pictures: {found}")
-    full, shorter = longer.macs(longer.space.full), dict[int, Network]()
+    told = {"before": answers(begun, test, feed), "longer": answers(longer, test, feed), "healed": answers(network, test, feed)}
+    tell(f"on test pictures: {told}")
+    full, shorter, smaller = longer.macs(longer.space.full), dict[int, Network](), list[dict[str, Any]]()
     for count in blocks:
         short = shortened(source, len(train.classes), count)
         share = short.macs(short.space.full) / full
         shorter[count] = learn(short, taught, (DENSE_EPOCHS + spent) / share, runs / f"smaller-{count}")
-        found["smaller"].append({"blocks": count, "share": share, "epochs": (DENSE_EPOCHS + spent) / share, **answers(short, test, feed)})
-        tell(f"smaller: {found['smaller'][-1]}")
+        smaller.append({"blocks": count, "share": share, "epochs": (DENSE_EPOCHS + spent) / share, **answers(short, test, feed)})
+        tell(f"smaller: {smaller[-1]}")
+    found: dict[str, Any] = {}
     parts = Parts(None, *held.split(0.5), test)
     fed = replace(source, network=network, feed=feed, classes=train.classes, provenance={**source.provenance, "fine_tuned_on": "CIFAR-10"})
     for name, way in WAYS.items():
@@ -176,6 +177,19 @@ def main(data: File, model: File, runs: File, *, repeats: int = 6, blocks: Seque
             found[name] = {"missed": str(error)}
             tell(f"missed: {error}")
     tell("beside what else one could do")
-    found["peers"] = beside(longer, network, shorter, test, feed, runs, 2 * repeats)
+    others = beside(longer, network, shorter, test, feed, runs, 2 * repeats)
     recipe = {**SHARED, "dense_epochs": DENSE_EPOCHS, "rate": RATE, "healing_epochs": HEALING_EPOCHS, "healing_rate": HEALING_RATE, "longer_epochs": spent}
-    results.write("tuned", "python -m bench tuned --data FOLDER --model FILE", {"size": SIZE, "pictures": len(train), "recipe": recipe, "runs": found})
+    results.write(
+        "tuned",
+        "python -m bench tuned --data FOLDER --model FILE",
+        {
+            "size": SIZE,
+            "pictures": len(train),
+            "images": len(test),
+            "recipe": recipe,
+            "runs": {"cifar10": found},
+            "networks": told,
+            "smaller": smaller,
+            "peers": others,
+        },
+    )
