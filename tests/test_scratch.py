@@ -162,8 +162,8 @@ CELLS = [{"acid": "1", "soil": "clay"}, {"acid": "3.0", "soil": " sand"}, {"acid
 
 def test_one_class_is_refused_before_anything_is_trained(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verbs, "fit", None)
-    every = table(tmp_path / "one.csv", [(number, "yes") for number in range(300)], ("size", "label"))
-    with pytest.raises(DataError, match="rows of 1 class; wanted two or more"):
+    every = table(tmp_path / "one.csv", [(number, -number, "yes") for number in range(300)], ("size", "age", "label"))
+    with pytest.raises(DataError, match=r"rows of one class.*wanted two or more"):
         verbs.scratch(every, recipe=RECIPE)
 
 

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from apportion.errors import DataError
+from apportion.intake.laid import BROKEN, header_of, rows_of
+from apportion.intake.shards import TORN, unread
 
 SUFFIXES = (".ts", ".npz", ".tsv", ".csv")
 CHANNEL_LIMIT, POINT_LIMIT = 1000, 200_000  # of one series
-VALUE_LIMIT = 2**27  # of one file: a gigabyte where it is held
+SLAB_BYTES = 2**17  # of an array in an .npz, read at a time
 LINE_LIMIT = 2**26  # letters
 GAP = frozenset({"?", "", "nan", "na", "null"})  # in lower case: nothing was measured
 
@@ -57,8 +59,8 @@ def is_series(file: File) -> bool:
     try:
         with _opened(file) as lines:
             cells = lines.readline(LINE_LIMIT).rstrip("\r\n").split("\t" if plain.endswith(".tsv") else ",")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: {error}", wanted="a table in UTF-8", do="Convert it.") from error
+    except TORN as error:
+        raise unread(file, error) from error
     numbers = [_number(cell) for cell in cells[1:]]
     if len(numbers) < 3 or None in numbers:
         return False
@@ -66,7 +68,7 @@ def is_series(file: File) -> bool:
 
 
 def entries(file: File) -> tuple[Header, Iterator[Entry]]:
-    """What the file says of itself, and its series, read as they are asked for. Raises DataError for a file that cannot be read or holds too much."""
+    """What the file says of itself, and its series, read as they are asked for. Raises DataError for a file that cannot be read."""
     plain = file.name.removesuffix(".gz")
     if not file.is_file() or not plain.endswith(SUFFIXES):
         wanted = f"one that ends in {', '.join(SUFFIXES)} (all but .npz also .gz)"
@@ -75,8 +77,8 @@ def entries(file: File) -> tuple[Header, Iterator[Entry]]:
         return Header(), _arrays(file)
     if plain.endswith(".ts"):
         header = _header(file)
-        return header, _counted(file, _archived(file, header))
-    return Header(labelled=True), _counted(file, _table(file, "\t" if plain.endswith(".tsv") else ","))
+        return header, _archived(file, header)
+    return Header(labelled=True), _table(file, "\t" if plain.endswith(".tsv") else ",")
 
 
 def _opened(file: File) -> TextIO:
@@ -94,8 +96,8 @@ def _lines(file: File) -> Iterator[tuple[int, str]]:
                     raise DataError(f"{file}, line {number}: more than {LINE_LIMIT} letters", wanted="a series in each line", do="Write it as an .npz file.")
                 if line.strip():
                     yield number, line.strip("\r\n ")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: {error}", wanted="a whole file of text in UTF-8", do="Fetch or convert it again.") from error
+    except TORN as error:
+        raise unread(file, error) from error
 
 
 def _header(file: File) -> Header:
@@ -181,38 +183,28 @@ def _number(cell: str) -> float | None:
         return None
 
 
-def _counted(file: File, found: Iterator[Entry]) -> Iterator[Entry]:
-    count = 0
-    for entry in found:
-        count += 0 if entry.values is None else entry.values.numel()
-        _bounded(file, count)
-        yield entry
-
-
-def _bounded(file: File, values: int) -> None:
-    if values > VALUE_LIMIT:
-        raise DataError(f"{file} with more than {VALUE_LIMIT} values", wanted="fewer", do="Take fewer series, or points further apart.")
-
-
 def _arrays(file: File) -> Iterator[Entry]:
     """x (n, channels, points), or (n, points) of one channel; y, where there is one, (n,) or numbers (n, outputs)."""
     wanted = "x: floats (n, channels, points), NaN where nothing was measured; y: a label for each, or numbers"
     do = "Write it with numpy.savez(file, x=..., y=...); arrays of objects are not read."
     try:
-        with zipfile.ZipFile(file) as members:
-            sizes = {member.filename: member.file_size for member in members.infolist()}
-        _bounded(file, sizes.get("x.npy", 0) // 8)
+        with zipfile.ZipFile(file) as data:
+            shape, dtype = header_of(data, "x.npy")
         with file.open("rb") as handle, np.load(handle, allow_pickle=False) as data:
-            x, y = data["x"], data["y"] if "y" in data.files else None
-    except (KeyError, ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+            y = data["y"] if "y" in data.files else None
+    except BROKEN as error:
         raise DataError(f"{file}: {error}", wanted=wanted, do=do) from error
-    if x.ndim == 2:
-        x = x[:, None]
-    if x.dtype.kind not in "fiu" or x.ndim != 3 or not 0 < x.shape[1] <= CHANNEL_LIMIT or not 0 < x.shape[2] <= POINT_LIMIT:
-        found = f"{file}: x of shape {x.shape} and type {x.dtype}"
+    each = shape[1:] if len(shape) == 3 else (1, *shape[1:])
+    if dtype.kind not in "fiu" or len(shape) not in (2, 3) or not 0 < each[0] <= CHANNEL_LIMIT or not 0 < each[1] <= POINT_LIMIT:
+        found = f"{file}: x of shape {shape} and type {dtype}"
         raise DataError(found, wanted=f"{wanted}; at most {CHANNEL_LIMIT} channels of {POINT_LIMIT} points", do=do)
-    if y is not None and (y.dtype.kind not in "fiuU" or y.ndim not in (1, 2) or len(y) != len(x)):
-        raise DataError(f"{file}: y of shape {y.shape} and type {y.dtype} for {len(x)} series", wanted=wanted, do=do)
-    labels = [None] * len(x) if y is None else y.tolist()
-    for row, (values, label) in enumerate(zip(x, labels, strict=True)):
-        yield _checked(f"{file}, row {row}", torch.from_numpy(values.astype(np.float64)), label)
+    if y is not None and (y.dtype.kind not in "fiuU" or y.ndim not in (1, 2) or len(y) != shape[0]):
+        raise DataError(f"{file}: y of shape {y.shape} and type {y.dtype} for {shape[0]} series", wanted=wanted, do=do)
+    row = 0
+    try:
+        for part in rows_of(file, "x.npy", max(1, SLAB_BYTES // (math.prod(each) * dtype.itemsize))):
+            for values in part.double().view(-1, *each):
+                yield _checked(f"{file}, row {row}", values, None if y is None else y[row].tolist())
+                row += 1
+    except BROKEN as error:
+        raise DataError(f"{file}: {error}", wanted=wanted, do=do) from error

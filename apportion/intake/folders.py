@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path as File
 from typing import Any, Literal, Protocol, Self, TypeVar
@@ -20,6 +21,7 @@ OnSkip = Callable[[str, str], None]
 
 HELD_OUT = 0.2
 FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
+PURPOSE = {"train": "to learn from", "test": "for the test", "all": "at all"}  # of each split, for those who never named one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +52,20 @@ class Rows(Protocol):
 R = TypeVar("R", bound=Rows)
 
 
+@contextmanager
+def allowed() -> Iterator[None]:
+    """What the system forbids to read, as an error of ours."""
+    try:
+        yield
+    except PermissionError as error:
+        raise DataError(f"{error.filename}: {error.strerror}", wanted="what may be read", do="Change its permissions.") from error
+
+
+def counted(count: int, what: str) -> str:
+    """So many of them, `what` in the plural."""
+    return f"{count} {what.removesuffix('s') if count == 1 and what != 'series' else what}"
+
+
 def spread(labels: Tensor | None, order: Tensor, share: float) -> Tensor:
     """Bool (n,): `share` of the samples, every k-th in `order` within each class, so that no class is off by more than one."""
     if labels is not None:
@@ -64,7 +80,8 @@ def parted(labels: Tensor | None, count: int, holdout: float, *, seed: int, what
     """Rows of the rest and of the held out: `holdout` of `count` samples, spread evenly over the classes, by `seed`. Raises DataError where one is empty."""
     held = spread(one_class(labels), torch.randperm(count, generator=torch.Generator().manual_seed(seed)), holdout)
     if held.all() or not held.any():
-        raise DataError(f"{count} {what}, of which {holdout:g} shall be held out", wanted="at least one on either side", do="Give more data or another share.")
+        found = f"{counted(count, what)}, of which a part of {holdout:g} is to be held out"
+        raise DataError(found, wanted="at least one on either side", do="Give more data, or hold out another part.")
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
@@ -102,8 +119,9 @@ def _split(root: File, split: Split, what: str) -> tuple[Listing, bool]:
         return _classes(root, list(splits.values()), list(splits.values()), what), True
     here = next((splits[name] for name in FOLDERS[split] if name in splits), None)
     if here is None:
-        wanted = f"one of {', '.join(FOLDERS[split])}"
-        raise DataError(f"{root} with folders {', '.join(splits)}", wanted=wanted, do=f"Add the folder, or use split='all' (asked for: {split!r}).")
+        found = f"{root} with {', '.join(splits)} in it, and no folder {PURPOSE[split]}"
+        do = "Add it, or put all classes into one folder: every fifth of each is then for the test."
+        raise DataError(found, wanted=f"one called {' or '.join(FOLDERS[split])}", do=do)
     return _classes(root, [here], list(splits.values()), what), True
 
 
@@ -155,7 +173,7 @@ def cut(samples: R, split: Split, limit: int | None, what: str) -> R:
     if limit is not None and limit < len(samples):
         samples = samples.rows(spread(one_class(samples.labels), torch.arange(len(samples)), limit / len(samples)).nonzero().flatten())
     if not len(samples):
-        raise DataError(f"no {what} in split {split!r}", wanted="at least one", do="Give more data, or use split='all'.")
+        raise DataError(f"no {what} {PURPOSE[split]}", wanted="at least one", do="Give more data: every fifth of each class is for the test.")
     return samples
 
 
@@ -164,6 +182,8 @@ def usable(source: File, found: Listing, fault: Callable[[File], str], what: str
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         reasons = list(pool.map(fault, found.files))
     bad = tuple((str(file), why) for file, why in zip(found.files, reasons, strict=True) if why)
+    if bad and found.files == (source,):
+        raise DataError(f"{source}: {bad[0][1].removeprefix('found ')}", wanted=f"a usable {what}", do="Correct the path, or repair the file.")
     if 2 * len(bad) > len(found):
         text = f"{len(bad)} of {len(found)} files that are no usable {what}s in {source}, such as {bad[0][0]}: {bad[0][1]}"
         raise DataError(text, wanted="at most half of them bad", do="Correct or remove them.")

@@ -9,13 +9,14 @@ from pathlib import Path as File
 
 from apportion.errors import DataError, PlanError
 from apportion.intake import audio, labels
+from apportion.intake.folders import allowed
 from apportion.intake.labelled import tables as told
 from apportion.intake.listen import Listen
 from apportion.intake.parts import KINDS, Feed, Samples
 from apportion.intake.preprocess import Preprocess
 from apportion.intake.rows import RowSet, Tabulate
 from apportion.intake.series import Align, SeriesSet, holds_series
-from apportion.intake.shards import columns_of, ending
+from apportion.intake.shards import SUFFIXES, columns_of, ending
 from apportion.intake.texts import TextSet, Tokenise
 from apportion.intake.vocabulary import entries, learned
 from apportion.network import Architecture
@@ -29,6 +30,15 @@ SHAPES: dict[type, Architecture] = {
     Align: Architecture(0, 0, dim=64, depth=6, heads=4, hidden=128, classes=1, class_token=False, pool="mean"),
 }
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+COLUMNS = "Name the columns, --columns label=NAME,text=NAME; they stand in the first line of a table."
+FOLDERS = "Put the files of each class into a folder of their own, or a labels.csv beside them."
+LABELLED: dict[type, str] = {
+    Preprocess: FOLDERS,
+    Tokenise: COLUMNS,
+    Listen: FOLDERS,
+    Tabulate: COLUMNS,
+    Align: "Add them: y in an .npz, the first cell of each line in a .tsv or .csv, @classLabel in a .ts.",
+}
 PATCHES = 64  # that a series is cut into at most, where the shape does not say how long they are
 HZ = 16000  # of sound of which nothing is said
 
@@ -41,9 +51,15 @@ def kind_of(data: str | File, columns: Mapping[str, str] | None = None) -> type[
     labels (`labelled.tables`), are recordings or images by the endings of their files; `digits` and other .npz files are images. Raises DataError where
     nothing is there, and where `columns` names a column of texts that is not.
     """
-    source, named = File(data), dict(columns or {})
+    with allowed():
+        return _kind_of(data, File(data), dict(columns or {}))
+
+
+def _kind_of(data: str | File, source: File, named: dict[str, str]) -> type[Feed]:
+    if source.is_dir() and not any(file.is_file() for file in source.rglob("*")):
+        raise DataError(f"{source} without any file", wanted="tables, pictures, recordings or series in it", do="Correct the path, or fill the folder.")
     if told(source, named.get("file", "file")):
-        return _of_files(source)
+        return _of_files(source, told=True)
     if not named and holds_series(source):
         return Align
     if str(data) == "digits" or source.suffix == ".npz":
@@ -95,8 +111,9 @@ def fitted(
     kind = feed if isinstance(feed, type) else type(feed)
     a, what = shape or SHAPES[kind], KINDS[kind][1]
     if samples.labels is None or task == "embedding":
-        do = "Put the files of each class into a folder of their own, or a labels.csv beside them; of a table name the columns: --columns label=NAME,text=NAME."
-        raise DataError(f"{what} without labels, or a task without", wanted="a class for each, or what else is to be learned", do=do)
+        columns = f" (columns {', '.join(samples.cells[0])})" if isinstance(samples, RowSet) else ""
+        found = f"{what} without labels{columns}{', which an embedding leaves alone' if task == 'embedding' else ''}"
+        raise DataError(found, wanted="a class for each, or what else is to be learned", do=LABELLED[kind])
     a = replace(
         a,
         classes=samples.labels.shape[1] if task == "regression" else len(samples.classes),
@@ -115,6 +132,9 @@ def fitted(
         n = feed.length
         return feed, replace(a, words=entries(feed), padding=feed.padding, length=n, positions=n if a.positions else 0, token_types=kinds)
     if isinstance(feed, Tabulate):
+        if len(names := [*feed.numbers, *feed.categories]) < 2:
+            do = f"Add a column; if this one holds texts, say so: --columns text={names[0]}."
+            raise DataError(f"rows of one column, {names[0]!r}", wanted="two or more: what is decided by is how their tokens differ", do=do)
         return feed, replace(a, numbers=len(feed.numbers), categories=feed.entries)
     if isinstance(feed, Align):
         stride = a.stride or math.ceil(feed.length / PATCHES)
@@ -122,8 +142,14 @@ def fitted(
     return feed, replace(a, frames=feed.length) if isinstance(feed, Listen) and a.frames else a
 
 
-def _of_files(source: File) -> type[Feed]:
-    """Sound where half of the files are called so; else pictures, whose reader names what is none."""
+def _of_files(source: File, *, told: bool = False) -> type[Feed]:
+    """Sound where half of the files are called so; else pictures, whose reader names what is none. Raises DataError where no file is called like either, and
+    no table of labels has `told` of them."""
     found = [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file() and not file.name.startswith(".")]
-    heard = sum(file.suffix.lower() in audio.FORMATS for file in found)
+    endings = [file.suffix.lower() for file in found]
+    if not told and not any(suffix in (*audio.FORMATS, *PICTURES) for suffix in endings):
+        wanted = f"a table ({', '.join(SUFFIXES)}), series (.ts, .npz), pictures ({', '.join(PICTURES)}) or recordings ({', '.join(audio.FORMATS)})"
+        do = "Convert the data; of other endings say what they are, such as --kind images."
+        raise DataError(f"{source}, of which nothing tells what it is ({found[0].name})", wanted=wanted, do=do)
+    heard = sum(suffix in audio.FORMATS for suffix in endings)
     return Listen if heard and 2 * heard >= len(found) else Preprocess

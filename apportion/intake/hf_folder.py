@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any
 
 import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from torch import nn
+from transformers.utils import logging
 
 from apportion.errors import DataError, Refused
 from apportion.intake import hf_audio_families
@@ -60,9 +64,10 @@ def open_folder(name: str, pooling: Pooling | None) -> Opened:
     if not file.is_file():
         raise DataError(f"{folder} without model.safetensors", wanted="the weights in one file", do="Convert other formats first: pickles are not read.")
     try:
-        model, info = getattr(transformers, kind).from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
+        with quiet():
+            model, info = getattr(transformers, kind).from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            )
     except Exception as error:  # a torn file and a bad value raise in as many ways as there are models
         raise Refused(f"{folder}, which transformers cannot load ({str(error)[:300]})", wanted=f"a {kind}", do="Fetch it again.") from error
     absent = [key for key in info["missing_keys"] if "pooler." not in key or pooling in (None, "pooler")]
@@ -74,6 +79,20 @@ def open_folder(name: str, pooling: Pooling | None) -> Opened:
     words, sounds = folder / "tokenizer.json", folder / "preprocessor_config.json"
     extractor = _json(sounds) if sounds.is_file() else None
     return Opened(model, words.read_text("utf-8") if words.is_file() else None, extractor, pooling, unit, length, facts)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of transformers, which are then as they were: a file on a disk is read before one has been seen."""
+    shown, fetching = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # and those of downloads with them
+        if not fetching:
+            disable_progress_bars()
 
 
 def _fetched(name: str) -> File:

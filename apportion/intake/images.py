@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from apportion.errors import DataError
 from apportion.intake.folders import Listing, OnSkip, Split, batched, cut, listed, parted, several_fit, usable
-from apportion.intake.laid import HELD_BYTES, Chosen, laid, slabs
+from apportion.intake.labels import outside
+from apportion.intake.laid import BATCH, BROKEN, HELD, HELD_BYTES, Chosen, Lay, header_of, laid, rows_of
 from apportion.intake.preprocess import Preprocess
-from apportion.methods.task import UNKNOWN
 
 PIXEL_LIMIT = 64 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -33,6 +32,7 @@ class ImageSet:
     labels: Tensor | None  # (n,) int64; of every pixel (n, size, size) int16; several, or numbers, (n, outputs) float
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()  # file, why
+    lay: Lay = HELD  # of labels
 
     def __post_init__(self) -> None:
         if self.labels is not None and len(self.labels) != len(self.images):
@@ -48,7 +48,7 @@ class ImageSet:
             images = tuple(self.images[i] for i in rows.tolist())
         else:
             images = self.images.rows(rows) if isinstance(self.images, Chosen) else self.images[rows.numpy()]
-        return ImageSet(images, None if self.labels is None else self.labels[rows], self.classes, self.skipped)
+        return ImageSet(images, None if self.labels is None else self.lay.picked(self.labels, rows), self.classes, self.skipped, self.lay)
 
     def split(self, holdout: float, *, seed: int = 0) -> tuple[ImageSet, ImageSet]:
         """(rest, held out): `holdout` of the images, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
@@ -61,14 +61,12 @@ class ImageSet:
             return
         if self.labels.is_floating_point():
             return several_fit(self.labels, outputs, "picture")
-        labels = self.labels.flatten(1) if self.labels.ndim > 1 else self.labels[:, None]
-        bad = (((labels < 0) & (labels != UNKNOWN)) | (labels >= outputs)).any(1).nonzero().flatten()
-        if len(bad):
-            row = int(bad[0])
+        if bad := outside(self.labels, outputs):
+            row = bad[0]
             name = str(self.images[row]) if isinstance(self.images, tuple) else f"row {row}"
             wanted = f"0 to {outputs - 1}, as the network has {outputs} outputs"
             raise DataError(
-                f"label {int(labels[row].max())} at {name} ({len(bad)} such images)",
+                f"label {int(self.labels[row].max())} at {name} ({len(bad)} such images)",
                 wanted=wanted,
                 do="Map class folders to outputs in a classes.json beside them.",
             )
@@ -133,10 +131,10 @@ def _arrays(file: File, split: Split, bound: int, folder: File | None) -> ImageS
     wanted = "x_train, y_train, x_test and y_test: uint8 (n, rows, columns, 3) and integers (n,)"
     try:
         with zipfile.ZipFile(file) as data:
-            kinds = {name: _header(data, f"x_{name}.npy") for name in ("train", "test")}
+            kinds = {name: header_of(data, f"x_{name}.npy") for name in ("train", "test")}
         with file.open("rb") as handle, np.load(handle, allow_pickle=False) as data:
             given = {name: data[f"y_{name}"] for name in kinds}
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except BROKEN as error:
         raise DataError(f"{file}: {error}", wanted=wanted, do="Write it with numpy.savez; arrays of objects are not read.") from error
     for name, (shape, dtype) in kinds.items():
         y = given[name]
@@ -162,36 +160,11 @@ def _arrays(file: File, split: Split, bound: int, folder: File | None) -> ImageS
         raise DataError(found, wanted="one size for both", do="Resize one of them, or read one split at a time.")
     count = sum(kinds[name][0][0] for name in chosen)
     try:
-        pixels = laid((slab for name in chosen for slab in _slabs(file, f"x_{name}.npy")), count, bound=bound, folder=folder)
-    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        pixels = laid((slab for name in chosen for slab in rows_of(file, f"x_{name}.npy", BATCH)), count, bound=bound, folder=folder)
+    except BROKEN as error:
         raise DataError(f"{file}: {error}", wanted=wanted, do="Write it again with numpy.savez.") from error
     images = pixels.numpy() if pixels.nbytes <= bound else Chosen(pixels, torch.arange(count))
     return ImageSet(images, torch.cat([labels[name] for name in chosen]), tuple(map(str, range(outputs))))
-
-
-def _header(data: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    with data.open(name) as member:
-        shape, _, dtype = _told(member)
-    return shape, dtype
-
-
-def _slabs(file: File, name: str) -> Iterator[Tensor]:
-    """Pictures of one array, as many at a time as a batch has."""
-    with zipfile.ZipFile(file) as data, data.open(name) as member:
-        shape, by_columns, _ = _told(member)
-        if not by_columns:
-            yield from slabs(member.read, shape)
-            return
-    with np.load(file, allow_pickle=False) as data:  # column by column: no row before the last byte
-        yield torch.from_numpy(np.ascontiguousarray(data[name.removesuffix(".npy")]))
-
-
-def _told(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and type of the array that follows."""
-    version = np.lib.format.read_magic(member)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"an array of version {version}")
-    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
 
 
 def fault(file: File) -> str:

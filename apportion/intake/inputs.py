@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path as File
 from typing import Any
 
@@ -53,7 +54,8 @@ def _files(entry: File, what: str) -> list[File]:
 
 
 def _texts(inputs: Sequence[str | File], tokenise: Tokenise, columns: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
-    for name, text, why in [row for number, entry in enumerate(inputs, 1) for row in _rows(entry, f"text {number}", columns)]:
+    every = [_rows(entry, f"text {number}", columns) for number, entry in enumerate(inputs, 1)]  # what is not there is told before the first answer
+    for name, text, why in chain.from_iterable(every):
         try:
             if text is not None:
                 tokenise([text], where=[name])
@@ -64,11 +66,10 @@ def _texts(inputs: Sequence[str | File], tokenise: Tokenise, columns: Mapping[st
 
 def _rows(entry: str | File, name: str, columns: Mapping[str, str]) -> Iterator[tuple[str, Text | None, str]]:
     if not str(entry).removesuffix(".gz").endswith(SUFFIXES) and not _is_there(str(entry)):
-        yield name, str(entry), ""
-        return
+        return iter([(name, str(entry), "")])
     found = read_texts(entry, text=columns.get("text", "text"), pair=columns.get("pair"), label=NO_COLUMN)
-    yield from ((where, text, "") for where, text in zip(found.where, found.texts, strict=True))
-    yield from ((where, None, why) for where, why in found.skipped)
+    good = ((where, text, "") for where, text in zip(found.where, found.texts, strict=True))
+    return chain(good, ((where, None, why) for where, why in found.skipped))
 
 
 def _table(inputs: Sequence[str | File], tabulate: Tabulate) -> Iterator[tuple[str, Any, str]]:

@@ -10,7 +10,7 @@ from pathlib import Path as File
 from typing import Any
 
 from apportion.errors import DataError
-from apportion.intake.folders import FOLDERS, Listing, OnSkip, Split, cut
+from apportion.intake.folders import FOLDERS, PURPOSE, Listing, OnSkip, Split, cut
 from apportion.intake.labels import numbered
 from apportion.intake.rows import rows_of
 from apportion.intake.shards import SUFFIXES, columns_of, ending
@@ -72,7 +72,7 @@ def read_labelled(
     known = tables(root, file)
     own = "all" not in known
     if not known or (own and split != "all" and split not in known):
-        raise DataError(f"{root} without a table of labels for split {split!r}", wanted=LAYOUT, do="Write one, or correct its name.")
+        raise DataError(f"{root} without a table of labels {PURPOSE[split]}", wanted=LAYOUT, do="Write one, or correct its name.")
     rows: dict[str, list[Told]] = {}
     first: dict[File, str] = {}
     for kind, table in known.items():
@@ -85,6 +85,8 @@ def read_labelled(
         faults = list(pool.map(lambda row: row.fault or fault(row.file), chosen))
     bad = [(row.where, why if row.fault else f"{row.file}: {why}") for row, why in zip(chosen, faults, strict=True) if why]
     good = [row for row, why in zip(chosen, faults, strict=True) if not why]
+    if not chosen:
+        raise DataError(f"{root} with a table of labels without any rows", wanted="at least one", do="Name the files in it.")
     if 2 * len(bad) > len(chosen) or not good:
         example = f", such as {bad[0][0]}: {bad[0][1]}" if bad else ""
         raise DataError(f"{root}: {len(bad)} of {len(chosen)} rows that name no usable {what}{example}", wanted="at most half of them bad", do="Correct them.")

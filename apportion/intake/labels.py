@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from apportion.errors import DataError
+from apportion.intake.laid import HELD, Lay, laid
 from apportion.methods.task import UNKNOWN
 from apportion.vocab import Task
 
 MOST_CLASSES = 1_000_000  # a larger label is an id from another column, and would fill the memory with names
 APART = "|"  # what stands between several labels in one cell
+BLOCK = 256  # rows of labels that are looked at, or made into a tensor, at a time
 
 
 def parsed(value: Any, task: Task, words: int = 0) -> tuple[Any, str]:
@@ -39,33 +41,46 @@ def parsed(value: Any, task: Task, words: int = 0) -> tuple[Any, str]:
 
 
 def numbered(
-    known: Iterable[Any], labels: Sequence[Any], classes: Sequence[str] | None, task: Task = "classification"
+    known: Iterable[Any], labels: Sequence[Any], classes: Sequence[str] | None, task: Task = "classification", *, lay: Lay = HELD
 ) -> tuple[tuple[str, ...], Tensor | None]:
     """Names of the classes and the labels: int64 (n,); several 0 or 1 (n, classes); numbers (n, outputs); of words int64 (n, most words), -100 behind the last.
 
-    `known`: every value that occurs, also where `labels` is a part of the data. No labels where no row has one. Raises DataError.
+    `known`: every value that occurs, also where `labels` is a part of the data. No labels where no row has one; where they are too many, they are laid as
+    `lay` says. Raises DataError.
     """
     seen = [value for value in known if value is not None]
     if not seen or task == "embedding":
         return tuple(classes or ()), None
+
+    def made(rows: Callable[[Sequence[Any]], Tensor]) -> Tensor:
+        return laid(map(rows, _blocks(labels)), len(labels), bound=lay.bound, folder=lay.folder)
+
     if task == "regression":
-        return tuple(classes or ()), _table(labels)
+        widths = {len(row) for row in labels}
+        if len(widths) > 1:
+            raise DataError(f"rows of {min(widths)} and of {max(widths)} numbers", wanted="as many in every row", do="Correct the labels.")
+        return tuple(classes or ()), made(lambda rows: torch.tensor(rows, dtype=torch.float32))
     if task == "classification":
-        return _places(seen, list(labels), classes)
-    names, flat = _places(list(chain.from_iterable(seen)), list(chain.from_iterable(labels)), classes)
-    parts = torch.zeros(0, dtype=torch.int64) if flat is None else flat
-    counts = [len(row) for row in labels]
-    rows = torch.arange(len(labels)).repeat_interleave(torch.tensor(counts))
+        names, place = _places(seen, classes)
+        return names, made(lambda rows: torch.tensor([place(label) for label in rows], dtype=torch.int64))
+    names, place = _places(list(chain.from_iterable(seen)), classes)
     if task == "multilabel":
-        return names, torch.zeros(len(labels), len(names)).index_put_((rows, parts), torch.ones(()))
-    columns = torch.cat([torch.arange(count) for count in counts])
-    return names, torch.full((len(labels), max(counts)), UNKNOWN).index_put_((rows, columns), parts)
+        return names, made(lambda rows: _scattered(torch.zeros(len(rows), len(names)), rows, lambda _, label: (place(label), 1)))
+    longest = max(map(len, labels))
+    return names, made(lambda rows: _scattered(torch.full((len(rows), longest), UNKNOWN), rows, lambda column, label: (column, place(label))))
 
 
 def span(labels: Sequence[Tensor | None]) -> float:
     """How far the numbers range, over all outputs; 0 where there are none."""
     found = [part for part in labels if part is not None]
     return float(torch.cat(found).max() - torch.cat(found).min()) if found else 0.0
+
+
+def outside(labels: Tensor, outputs: int) -> list[int]:
+    """The rows of integer labels (n, ...) with one that so many outputs cannot give."""
+    parts = (some.flatten(1) if some.ndim > 1 else some[:, None] for some in labels.split(BLOCK))
+    bad = torch.cat([(((some < 0) & (some != UNKNOWN)) | (some >= outputs)).any(1) for some in parts])
+    return bad.nonzero().flatten().tolist()
 
 
 def _plain(value: Any) -> Any:
@@ -84,27 +99,31 @@ def _numbers(value: Any) -> tuple[Any, str]:
     return (found, "") if found and all(map(math.isfinite, found)) else (None, f"{value!r:.80} where a finite number was wanted")
 
 
-def _table(labels: Sequence[Any]) -> Tensor:
-    widths = {len(row) for row in labels}
-    if len(widths) > 1:
-        raise DataError(f"rows of {min(widths)} and of {max(widths)} numbers", wanted="as many in every row", do="Correct the labels.")
-    return torch.tensor(labels, dtype=torch.float32)
+def _blocks(labels: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    return (list(labels[start : start + BLOCK]) for start in range(0, len(labels), BLOCK))
 
 
-def _places(known: list[Any], labels: list[Any], classes: Sequence[str] | None) -> tuple[tuple[str, ...], Tensor | None]:
-    """Whole numbers from 0 as they are; names by their place in `classes`, or else in the alphabet."""
+def _scattered(table: Tensor, rows: Sequence[Sequence[Any]], entry: Callable[[int, Any], tuple[int, int]]) -> Tensor:
+    """`entry` says for the number of a label in its row, and the label, which column it sets to what."""
+    found = [(row, *entry(number, label)) for row, several in enumerate(rows) for number, label in enumerate(several)]
+    if found:
+        row, column, value = torch.tensor(found).T
+        table[row, column] = value.to(table.dtype)
+    return table
+
+
+def _places(known: list[Any], classes: Sequence[str] | None) -> tuple[tuple[str, ...], Callable[[Any], int]]:
+    """Names, and the number of a label: whole numbers from 0 as they are; names by their place in `classes`, or else in the alphabet."""
     found = {value if type(value) is int else str(value) for value in known}
-    if not found:
-        return tuple(classes or ()), None
-    if all(type(value) is int or str(value).isdecimal() for value in found) and not (classes and found <= set(classes)):
+    if found and all(type(value) is int or str(value).isdecimal() for value in found) and not (classes and found <= set(classes)):
         top = max(map(int, found))
         if strange := [value for value in (min(map(int, found)), top) if not 0 <= value < MOST_CLASSES]:
             raise DataError(f"label {strange[0]}", wanted=f"whole numbers from 0, below {MOST_CLASSES}", do="Correct the labels.")
-        return tuple(classes or map(str, range(top + 1))), torch.tensor([int(value) for value in labels], dtype=torch.int64)
+        return tuple(classes or map(str, range(top + 1))), int
     if strange := [value for value in found if type(value) is int]:
         raise DataError(f"label {strange[0]} beside names", wanted="numbers or names, not both", do="Correct the labels.")
     names = tuple(classes or sorted(map(str, found)))
     if missing := sorted(map(str, found - set(names))):
         raise DataError(f"label {missing[0]!r}", wanted=f"one of {', '.join(names)}", do="Correct the labels, or leave classes out.")
-    place = {name: number for number, name in enumerate(names)}
-    return names, torch.tensor([place[str(value)] for value in labels], dtype=torch.int64)
+    number = {name: place for place, name in enumerate(names)}
+    return names, lambda label: number[str(label)]

@@ -6,13 +6,16 @@ come when rows are asked for, and go when memory is wanted elsewhere. A folder t
 
 from __future__ import annotations
 
+import math
 import mmap
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,7 +24,31 @@ from torch import Tensor
 from apportion.errors import DataError
 
 HELD_BYTES = 2**30  # what one set of samples may take in memory
+BROKEN = (KeyError, ValueError, OSError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile)  # what reading an .npz trips over
 BATCH = 16  # samples decoded at a time: while they are, what they are made of takes several times as much
+
+
+@dataclass(frozen=True, slots=True)
+class Lay:
+    """Where samples go that take more than `bound` bytes: into a file in `folder`, or in that for temporary files."""
+
+    bound: int = HELD_BYTES
+    folder: File | None = None
+
+    @property
+    def place(self) -> File:
+        return File(tempfile.gettempdir()) if self.folder is None else self.folder
+
+    def refused(self, error: OSError, wanted: str) -> DataError:
+        """The error of a disk that is full or cannot be written to."""
+        free = f", {shutil.disk_usage(self.place).free / 1e9:.1f} GB free" if self.place.is_dir() else ""
+        return DataError(f"{self.place}: {error.strerror or error}{free}", wanted=wanted, do="Make room there, or name a folder on another disk.")
+
+    def picked(self, every: Tensor, rows: Tensor) -> Tensor:
+        """Some rows of what was laid, copied: laid again where they take more than the bound."""
+        if every[:1].nbytes * len(rows) <= self.bound:
+            return every[rows]
+        return laid((every[some] for some in rows.split(BATCH)), len(rows), bound=self.bound, folder=self.folder)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +66,9 @@ class Chosen:
 
     def rows(self, index: Tensor) -> Chosen:
         return Chosen(self.every, self.index[index])
+
+
+HELD = Lay()
 
 
 def laid(
@@ -61,7 +91,8 @@ def laid(
             made[place : place + len(part)] = part
             place += len(part)
         return made
-    where = File(tempfile.gettempdir()) if folder is None else folder
+    lay = Lay(bound, folder)
+    where = lay.place
     tell(f"{size / 1e9:.1f} GB of samples are laid into a file in {where}")
     try:
         where.mkdir(parents=True, exist_ok=True)
@@ -72,9 +103,7 @@ def laid(
             # Shared, as a private one counts as memory that may be wanted, and is refused where it is larger than all there is.
             return torch.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_WRITE), dtype=first.dtype).view(shape)
     except OSError as error:
-        free = f", {shutil.disk_usage(where).free / 1e9:.1f} GB free" if where.is_dir() else ""
-        do = "Make room there, or name a folder on another disk."
-        raise DataError(f"{where}: {error.strerror or error}{free}", wanted=f"room for {size / 1e9:.1f} GB of samples", do=do) from error
+        raise lay.refused(error, f"room for {size / 1e9:.1f} GB of samples") from error
 
 
 def gathered(samples: Any, feed: Any, *, bound: int = HELD_BYTES, folder: File | None = None, tell: Callable[[str], None] = lambda text: None) -> Tensor:
@@ -100,12 +129,43 @@ def _chained(first: Tensor, rest: Iterable[Tensor]) -> Iterable[Tensor]:
     yield from rest
 
 
-def slabs(read: Callable[[int], bytes], shape: Sequence[int], rows: int = BATCH) -> Iterable[Tensor]:
-    """Rows of uint8 of so many bytes each, as a stream gives them. Raises ValueError where it ends too soon."""
-    each = int(np.prod(shape[1:]))
+def header_of(data: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array in an .npz. Raises what is in BROKEN."""
+    with data.open(name) as member:
+        shape, _, dtype = _told(member)
+    return shape, dtype
+
+
+def rows_of(file: File, name: str, rows: int) -> Iterator[Tensor]:
+    """Rows of one array of an .npz, so many at a time. Raises what is in BROKEN, also where the data end too soon."""
+    with zipfile.ZipFile(file) as data, data.open(name) as member:
+        shape, by_columns, dtype = _told(member)
+        if not by_columns:
+            yield from _slabs(member.read, shape, dtype, rows)
+            return
+    with np.load(file, allow_pickle=False) as data:  # column by column: no row before the last byte
+        yield _tensor(np.ascontiguousarray(data[name.removesuffix(".npy")]))
+
+
+def _told(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and type of the array that follows."""
+    version = np.lib.format.read_magic(member)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"an array of version {version}")
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
+
+
+def _slabs(read: Callable[[int], bytes], shape: Sequence[int], dtype: np.dtype, rows: int) -> Iterator[Tensor]:
+    each = math.prod(shape[1:]) * dtype.itemsize
     for start in range(0, shape[0], rows):
         wanted = min(rows, shape[0] - start)
         data = bytearray(read(wanted * each))
         if len(data) < wanted * each:
             raise ValueError(f"the data end in row {start + len(data) // each} of {shape[0]}")
-        yield torch.frombuffer(data, dtype=torch.uint8).view(wanted, *shape[1:])
+        yield _tensor(np.frombuffer(data, dtype)).view(wanted, *shape[1:])
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """Types that torch computes little with, or does not know, and other orders of bytes, as double precision."""
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    return torch.from_numpy(array if array.dtype.isnative and size <= 8 and (kind != "u" or size == 1) else array.astype(np.float64))

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from apportion.errors import DataError
-from apportion.intake.folders import FOLDERS, Listing, OnSkip, Split, cut, usable
+from apportion.intake.folders import FOLDERS, PURPOSE, Listing, OnSkip, Split, cut, usable
 from apportion.intake.images import ImageSet, fault
+from apportion.intake.laid import HELD_BYTES, Lay, laid
 from apportion.intake.preprocess import Preprocess
 from apportion.methods.task import UNKNOWN
 
@@ -21,11 +22,21 @@ VOID = 255  # of a mask, as PASCAL VOC has it: not to be judged
 LAYOUT = "FOLDER/images and FOLDER/masks, or these in FOLDER/train and FOLDER/test (or val)"
 
 
-def read_masked(source: str | File, *, feed: Preprocess, split: Split = "all", limit: int | None = None, on_skip: OnSkip | None = None) -> ImageSet:
+def read_masked(
+    source: str | File,
+    *,
+    feed: Preprocess,
+    split: Split = "all",
+    limit: int | None = None,
+    on_skip: OnSkip | None = None,
+    bound: int = HELD_BYTES,
+    folder: File | None = None,
+) -> ImageSet:
     """Pictures with labels int16 (n, size, size): each mask resized and cut as `feed` does its picture, by the nearest pixel, so that no class is made up.
 
     Masks are 8-bit greys or palettes whose values are classes, 255 for what is not to be judged. FOLDER/classes.json, an object from name to value, names them:
-    then other values are not judged either. Where the data brings no split of its own, every fifth picture is `test`. Masks are held in memory.
+    then other values are not judged either. Where the data brings no split of its own, every fifth picture is `test`. Masks are decoded one
+    after another; more than `bound` bytes of them, or of some chosen from them, are `laid` into a file in `folder`.
     Raises DataError: no such layout, a picture without a mask or of another size, more than half of the files bad.
     """
     root = File(source)
@@ -37,10 +48,11 @@ def read_masked(source: str | File, *, feed: Preprocess, split: Split = "all", l
 
     good = usable(root, Listing(tuple(files)), wrong, "image", on_skip)
     named = _named(root / "classes.json")
-    made = torch.stack([_label(pairs[image], feed, None if named is None else set(named.values())) for image in good.files])
+    known = None if named is None else set(named.values())
+    made = laid((_label(pairs[image], feed, known)[None] for image in good.files), len(good.files), bound=bound, folder=folder)
     top = int(made.max()) if named is None else max(named.values())
     number = {} if named is None else {value: name for name, value in named.items()}
-    found = ImageSet(good.files, made, tuple(number.get(value, str(value)) for value in range(top + 1)), good.skipped)
+    found = ImageSet(good.files, made, tuple(number.get(value, str(value)) for value in range(top + 1)), good.skipped, Lay(bound, folder))
     return cut(found, "all" if own else split, limit, "image")
 
 
@@ -51,7 +63,7 @@ def _files(root: File, split: Split) -> tuple[list[File], bool]:
     roots = [root / name for name in wanted] if below else [root]
     files = [file for place in roots if (place / "images").is_dir() for file in sorted((place / "images").iterdir()) if not file.name.startswith(".")]
     if not files:
-        raise DataError(f"no pictures for split {split!r} in {root}", wanted=LAYOUT, do="Correct the path.")
+        raise DataError(f"no pictures {PURPOSE[split]} in {root}", wanted=LAYOUT, do="Correct the path.")
     return files, bool(below)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from apportion.errors import DataError, PlanError
 from apportion.intake import audio, images
 from apportion.intake.audio import AudioSet, read_audio_set
+from apportion.intake.folders import allowed, counted
 from apportion.intake.images import ImageSet, read_images
 from apportion.intake.labelled import LAYOUT, NAME, check_column, read_labelled, tables
 from apportion.intake.listen import Listen
@@ -26,6 +27,7 @@ from apportion.vocab import Task
 
 CONTROL_ROWS = 4000  # samples that control learns from and is placed on, where all are free for it
 FEWEST = 40  # samples from which anything is learned to decide
+SHARES = {2: "half", 4: "a quarter", 8: "an eighth"}
 Feed = Preprocess | Tokenise | Listen | Tabulate | Align
 KINDS: dict[type, tuple[type, str]] = {
     Preprocess: (ImageSet, "images"),
@@ -156,14 +158,25 @@ class Parts:
         def skip(where: str, why: str) -> None:
             tell(f"left out {where}: {why}")
 
-        if teach:
-            every = read(data, split="train", on_skip=skip)
-            taught, held = every.split(min(0.5, max(0.2, (4 if certify else 2) * (FEWEST + 1) / len(every))), seed=seed)
-        else:
-            taught, held = None, read(data, split="train", limit=CONTROL_ROWS, on_skip=skip)
-        held, kept = held.split(0.5, seed=seed + 1) if certify else (held, None)
-        decide, place = held.split(0.5, seed=seed)
-        return cls(taught, decide, place, read(data, split="test", on_skip=skip), kept)
+        with allowed():
+            if teach:
+                every = read(data, split="train", on_skip=skip)
+                taught, held = every.split(min(0.5, max(0.2, (4 if certify else 2) * (FEWEST + 1) / len(every))), seed=seed)
+            else:
+                taught, held = None, read(data, split="train", limit=CONTROL_ROWS, on_skip=skip)
+            held, kept = held.split(0.5, seed=seed + 1) if certify else (held, None)
+            decide, place = held.split(0.5, seed=seed)
+            return cls(taught, decide, place, read(data, split="test", on_skip=skip), kept)
+
+    def suffice(self, what: str) -> None:
+        """Raises DataError, with what is needed, where the samples are too few to learn decisions from: before anything is trained or tried."""
+        if len(self.decide) >= FEWEST:
+            return
+        parts = ((self.decide, "to learn decisions from"), (self.place, "to set the tolerance by"), (self.teach, "to teach"), (self.certify, "to certify on"))
+        found = f"{', '.join(f'{counted(len(part), what)} {why}' for part, why in parts if part is not None)}, and {len(self.report)} for the test"
+        share = 2 * (1 if self.certify is None else 2) * (1 if self.teach is None else 2)
+        wanted = f"at least {FEWEST} to learn decisions from: {share * FEWEST} beside those for the test, of which {SHARES[share]} goes there"
+        raise DataError(found, wanted=wanted, do="Give more data; without a test of its own every fifth is taken for that.")
 
     def unlabelled(self) -> Self:
         """The same without labels: what has none of its own is measured by the model that was read."""

@@ -258,7 +258,9 @@ def _local(timm: ModuleType, file: File, name: str | None) -> tuple[nn.Module, t
     """A timm model with the weights of a file; a config.json beside it, as timm writes one, gives name, arguments and preprocessing."""
     if not file.is_file() or file.suffix != ".safetensors":
         raise DataError(
-            str(file), wanted='a .safetensors file, a folder with model.safetensors, or "timm:NAME"', do="Convert other formats first: pickles are not read."
+            f"{file}, which ends otherwise" if file.is_file() else f"no file {file}",
+            wanted='a .safetensors file, a folder with model.safetensors, or "timm:NAME"',
+            do="Correct the path, or convert other formats first: pickles are not read.",
         )
     config = _read_config(file.parent / "config.json")
     name = name or config.get("architecture")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import json
 import math
 from collections import Counter
@@ -19,13 +17,18 @@ from torch import Tensor
 from apportion.errors import DataError, PlanError
 from apportion.intake import parquet
 from apportion.intake.folders import OnSkip, Split, batched, cut, parted
-from apportion.intake.labels import numbered, parsed
-from apportion.intake.shards import columns_of, ending, pieces
+from apportion.intake.labels import parsed
+from apportion.intake.laid import HELD, HELD_BYTES, Lay
+from apportion.intake.moments import Moments
+from apportion.intake.shards import TORN, columns_of, ending, opened, pieces, unread
+from apportion.intake.sieve import Sieve
+from apportion.intake.written import PLAIN, picked
 from apportion.vocab import Task
 
 NOTHING = frozenset({"", "na", "n/a", "nan", "null", "none"})  # in lower case: a cell that says that it is empty
 MISSING, UNKNOWN, KNOWN = 0, 1, 2  # entries of a category: nothing there, a value not learned, the first that was
 SEEN = 2  # rows that a value must be in to be learned: so what is unknown is taught, too
+BLOCK = 1024  # rows that are learned from at a time
 DISTINCT = 20  # values that a column of words may always have; with more, most of them must occur again
 Row = Mapping[str, Any]
 
@@ -58,24 +61,37 @@ class Tabulate:
 
         Raises DataError for columns that differ from row to row, for one with nothing in it, and for one of words that hardly ever occur again.
         """
-        names = tuple(rows[0]) if rows else ()
-        if not names or any(row.keys() != rows[0].keys() for row in rows):
+        names = tuple(rows[0]) if len(rows) else ()
+        if not names or any(row.keys() != set(names) for row in rows):
             raise DataError(f"{len(rows)} rows with {len(names)} columns, or with different ones", wanted="the same columns in each", do="Correct the data.")
-        found = {name: [cell for row in rows if (cell := _cell(row[name])) is not None] for name in names}
-        if empty := [name for name, cells in found.items() if not cells]:
+        there, words = dict.fromkeys(names, 0), dict[str, Counter[str]]()
+        moments = Moments(len(names))
+        for part in _blocks(rows):
+            cells = {name: [_cell(row[name]) for row in part] for name in names}
+            for name, column in cells.items():
+                there[name] += sum(cell is not None for cell in column)
+                if name not in words and any(cell is not None and _number(cell) is None for cell in column):
+                    words[name] = Counter()
+            columns = [[math.nan if name in words or cell is None else _number(cell) for cell in column] for name, column in cells.items()]
+            moments.add(torch.tensor(columns, dtype=torch.float64).T)
+        if empty := [name for name, count in there.items() if not count]:
             raise DataError(f"column {empty[0]!r} with nothing in it", wanted="something to learn from", do="Remove it.")
-        numbers = {name: torch.tensor([_number(cell) for cell in cells], dtype=torch.float64) for name, cells in found.items() if _numeric(cells)}
-        counts = {name: Counter(map(str, cells)) for name, cells in found.items() if name not in numbers}
-        for name, count in counts.items():
+        for row in rows if words else ():
+            for name, count in words.items():
+                if (cell := _cell(row[name])) is not None:
+                    count[str(cell)] += 1
+        words = {name: words[name] for name in names if name in words}
+        for name, count in words.items():
             if len(count) > max(DISTINCT, count.total() / 2):
                 do = f"If it holds texts, say so: --columns text={name}, or columns={{'text': {name!r}}}; if it names rows, remove it."
                 raise DataError(f"column {name!r} with {len(count)} values in {count.total()} rows", wanted="numbers, or words that occur again", do=do)
+        facts = {name: fact for name, *fact in zip(names, moments.mean.tolist(), moments.std.tolist(), strict=True) if name not in words}
         return cls(
-            tuple(numbers),
-            tuple(float(cells.mean()) for cells in numbers.values()),
-            tuple(float(cells.std(correction=0)) or 1.0 for cells in numbers.values()),
-            tuple(counts),
-            tuple(tuple(sorted(value for value, times in count.items() if times >= SEEN)) for count in counts.values()),
+            tuple(facts),
+            tuple(mean for mean, _ in facts.values()),
+            tuple(std or 1.0 for _, std in facts.values()),
+            tuple(words),
+            tuple(tuple(sorted(value for value, times in count.items() if times >= SEEN)) for count in words.values()),
         )
 
     @property
@@ -108,13 +124,14 @@ class Tabulate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowSet:
-    """Rows of a table and their labels."""
+    """Rows of a table and their labels: in memory, or where they are too many, in a file (`written`)."""
 
-    cells: tuple[Row, ...]
+    cells: Sequence[Row]
     labels: Tensor | None  # int64 (n,); several, or numbers, (n, outputs) float
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()  # file and row, why
-    where: tuple[str, ...] = ()  # file and row of each
+    where: Sequence[str] = ()  # file and row of each
+    lay: Lay = HELD
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -122,8 +139,8 @@ class RowSet:
     def rows(self, index: Tensor | Sequence[int]) -> RowSet:
         """The same set with these rows only, in this order."""
         rows = torch.as_tensor(index, dtype=torch.int64)
-        cells, where = (tuple(of[i] for i in rows.tolist()) if of else () for of in (self.cells, self.where))
-        return RowSet(cells, None if self.labels is None else self.labels[rows], self.classes, self.skipped, where)
+        labels = None if self.labels is None else self.lay.picked(self.labels, rows)
+        return RowSet(picked(self.cells, rows), labels, self.classes, self.skipped, picked(self.where, rows), self.lay)
 
     def split(self, holdout: float, *, seed: int = 0) -> tuple[RowSet, RowSet]:
         """(rest, held out): `holdout` of the rows, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
@@ -159,69 +176,75 @@ def read_rows(
     limit: int | None = None,
     on_skip: OnSkip | None = None,
     task: Task = "classification",
+    bound: int = HELD_BYTES,
+    folder: File | None = None,
 ) -> RowSet:
     """Read a file, or a folder with train and test (or dev, val, validation) files, or with pieces of one (`shards.pieces`).
 
     Labels by `task`, as `read_texts` has them; none without the column. Where the data brings no split of its own, every fifth row of each class is `test`.
     Rows with too few or too many cells, with lists in them, and those without a label, are in `skipped`, by file and line (rows of .parquet count from 0), and
-    told to `on_skip`. Raises DataError: nothing there, more than half of the rows bad, labels of two kinds; PlanError for .parquet without pyarrow.
+    told to `on_skip`. More than `bound` bytes of cells, of places or of labels are written into a file in `folder`, or that for temporary files.
+    Raises DataError: nothing there, more than half of the rows bad, labels of two kinds; PlanError for .parquet without pyarrow.
     """
     chosen, every, own = pieces(File(source), split)
-    table = {file: list(rows_of(file, label, task)) for file in every}
-    rows, known = [row for file in chosen for row in table[file]], [row for part in table.values() for row in part]
-    good, bad = [row for row in rows if not row[3]], tuple((row[0], row[3]) for row in rows if row[3])
-    if 2 * len(bad) > len(rows) or not good:
-        found = f"{source}: {len(bad)} of {len(rows)} rows that cannot be used{f', such as {bad[0][0]}: {bad[0][1]}' if bad else ''}"
-        raise DataError(found, wanted="at most half of them bad", do="Correct or remove them.")
-    names, numbers = numbered([row[2] for row in known if not row[3]], [row[2] for row in good], classes, task)
-    for where, why in bad if on_skip else ():
-        assert on_skip is not None
-        on_skip(where, why)
-    return cut(RowSet(tuple(row[1] for row in good), numbers, names, bad, tuple(row[0] for row in good)), "all" if own else split, limit, "row")
+    lay = Lay(bound, folder)
+    with Sieve[Row](PLAIN, lay, task) as sieve:
+        for file in every:
+            for row in rows_of(file, label, task):
+                sieve.take(*row, chosen=file in chosen)
+        found = sieve.sieved(source, "rows", classes, on_skip)
+    made = RowSet(found.values, found.labels, found.classes, found.skipped, found.where, lay)
+    return cut(made, "all" if own else split, limit, "row")
 
 
 def rows_of(file: File, label: str, task: Task) -> Iterator[tuple[str, Row, Any, str]]:
-    """Where, cells, label and fault of each row of one table."""
-    kind = ending(file)
+    """Where, cells, label and fault of each row of one table; one after another is read."""
+    unit, columns = "row" if ending(file) == ".parquet" else "line", None
     try:
-        if kind == ".parquet":
-            entries: list[tuple[int, dict[str, Any] | None]] = list(parquet.entries(file, columns_of(file), label))
-        else:
-            content = (gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()).decode("utf-8-sig")
-            entries = list(_objects(content) if kind == ".jsonl" else _lines(content, "\t" if kind == ".tsv" else ","))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file}: {error}", wanted="a table in UTF-8", do="Convert it.") from error
-    columns = next((entry.keys() for _, entry in entries if entry is not None), {}.keys())
-    labelled = any(entry is not None and label in entry for _, entry in entries)
-    for number, entry in entries:
-        where = f"{file}, {'row' if kind == '.parquet' else 'line'} {number}"
-        if entry is None or entry.keys() != columns:
-            yield where, {}, None, "other columns than in the first row"
-            continue
-        value, fault = parsed(entry[label], task) if labelled else (None, "")
-        odd = next((name for name, cell in entry.items() if name != label and isinstance(cell, list | dict | bytes)), None)
-        fault = fault if odd is None else f"a {type(entry[odd]).__name__} in column {odd!r}, where a number or a word was wanted"
-        yield where, {name: cell for name, cell in entry.items() if name != label}, value, fault
+        for number, entry in _entries(file, label):
+            where, columns = f"{file}, {unit} {number}", columns if entry is None or columns is not None else entry.keys()
+            if entry is None or entry.keys() != columns:
+                yield where, {}, None, "other columns than in the first row"
+                continue
+            value, fault = parsed(entry[label], task) if label in entry else (None, "")
+            odd = next((name for name, cell in entry.items() if name != label and isinstance(cell, list | dict | bytes)), None)
+            fault = fault if odd is None else f"a {type(entry[odd]).__name__} in column {odd!r}, where a number or a word was wanted"
+            yield where, {name: cell for name, cell in entry.items() if name != label}, value, fault
+    except TORN as error:
+        raise unread(file, error) from error
 
 
-def _lines(content: str, apart: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=apart)
-    head = next(reader, [])
-    if len(set(head)) != len(head) or "" in head:
-        raise csv.Error(f"columns {', '.join(map(repr, head))}: each wants a name of its own, in the first line")
-    for row in reader:
-        if row:
-            yield reader.line_num, dict(zip(head, row, strict=True)) if len(row) == len(head) else None
+def _entries(file: File, label: str) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
+    """Number and cells of each row; None for one that has none, or too few or too many."""
+    kind = ending(file)
+    if kind == ".parquet":
+        yield from parquet.entries(file, columns_of(file), label)
+        return
+    with opened(file) as lines:
+        if kind == ".jsonl":
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _object(line)
+            return
+        reader = csv.reader(lines, delimiter="\t" if kind == ".tsv" else ",")
+        head = next(reader, [])
+        if len(set(head)) != len(head) or "" in head:
+            raise csv.Error(f"columns {', '.join(map(repr, head))}: each wants a name of its own, in the first line")
+        for row in reader:
+            if row:
+                yield reader.line_num, dict(zip(head, row, strict=True)) if len(row) == len(head) else None
 
 
-def _objects(content: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    for line, row in enumerate(content.split("\n"), 1):
-        if row.strip():
-            try:
-                found = json.loads(row)
-            except ValueError:
-                found = None
-            yield line, found if isinstance(found, dict) else None
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _blocks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    return (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
 
 
 def _cell(value: Any) -> Any:
@@ -237,7 +260,3 @@ def _number(cell: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return found if math.isfinite(found) else None
-
-
-def _numeric(cells: Sequence[Any]) -> bool:
-    return all(_number(cell) is not None for cell in cells)

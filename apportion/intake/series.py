@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any
@@ -13,9 +13,13 @@ from torch import Tensor
 
 from apportion.errors import DataError, PlanError
 from apportion.intake.archive import SUFFIXES, Entry, Header, entries, is_series
-from apportion.intake.folders import OnSkip, Split, batched, cut, parted
-from apportion.intake.labels import numbered, parsed
+from apportion.intake.folders import PURPOSE, OnSkip, Split, batched, cut, parted
+from apportion.intake.labels import parsed
+from apportion.intake.laid import BATCH, HELD, HELD_BYTES, Lay
+from apportion.intake.moments import Moments
 from apportion.intake.shards import SPLITS
+from apportion.intake.sieve import Sieve
+from apportion.intake.written import SERIES, picked
 from apportion.vocab import Task
 
 Series = Any  # (channels, points) or, of one channel, (points,): a tensor, an array or lists of numbers
@@ -42,12 +46,14 @@ class Align:
     @classmethod
     def learned(cls, values: Sequence[Tensor], *, length: int | None = None) -> Align:
         """From series that teach; as long as the longest of them where no `length` is said. Raises DataError for a channel that is missing in all of them."""
-        every = torch.cat(list(values), 1)
-        if empty := every.isnan().all(1).nonzero().flatten().tolist():
+        moments, longest = Moments(len(values[0])), 0
+        for start in range(0, len(values), BATCH):
+            part = list(values[start : start + BATCH])
+            longest = max(longest, *(one.shape[1] for one in part))
+            moments.add(torch.cat(part, 1).double().T)
+        if empty := (moments.count == 0).nonzero().flatten().tolist():
             raise DataError(f"channel {empty[0]} with nothing in it", wanted="something to learn from", do="Remove it.")
-        mean = every.nanmean(1, keepdim=True)
-        std = (every - mean).square().nanmean(1).sqrt().tolist()
-        return cls(length or max(one.shape[1] for one in values), tuple(mean.flatten().tolist()), tuple(one or 1.0 for one in std))
+        return cls(length or longest, tuple(moments.mean.tolist()), tuple(std or 1.0 for std in moments.std.tolist()))
 
     @property
     def channels(self) -> int:
@@ -82,13 +88,14 @@ class Align:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SeriesSet:
-    """Time series and their labels, held in memory."""
+    """Time series and their labels: in memory, or where they are too many, in a file (`written`)."""
 
-    values: tuple[Tensor, ...]  # each (channels, points) float64, NaN where nothing was measured
+    values: Sequence[Tensor]  # each (channels, points) float64, NaN where nothing was measured
     labels: Tensor | None  # int64 (n,); numbers (n, outputs) float
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()  # file and row, why
-    where: tuple[str, ...] = ()  # file and row of each
+    where: Sequence[str] = ()  # file and row of each
+    lay: Lay = HELD
 
     def __len__(self) -> int:
         return len(self.values)
@@ -96,8 +103,8 @@ class SeriesSet:
     def rows(self, index: Tensor | Sequence[int]) -> SeriesSet:
         """The same set with these series only, in this order."""
         rows = torch.as_tensor(index, dtype=torch.int64)
-        values, where = (tuple(of[i] for i in rows.tolist()) if of else () for of in (self.values, self.where))
-        return SeriesSet(values, None if self.labels is None else self.labels[rows], self.classes, self.skipped, where)
+        labels = None if self.labels is None else self.lay.picked(self.labels, rows)
+        return SeriesSet(picked(self.values, rows), labels, self.classes, self.skipped, picked(self.where, rows), self.lay)
 
     def split(self, holdout: float, *, seed: int = 0) -> tuple[SeriesSet, SeriesSet]:
         """(rest, held out): `holdout` of the series, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
@@ -133,43 +140,40 @@ def read_series(
     on_skip: OnSkip | None = None,
     task: Task = "classification",
     labelled: bool = True,
+    bound: int = HELD_BYTES,
+    folder: File | None = None,
 ) -> SeriesSet:
     """Read a file, or a folder with a train and a test file (train.ts, or NAME_TRAIN.ts as the archives call theirs; dev, val and validation are test).
 
     .ts: channels apart by colons, then the label, as the header says it. .tsv, .csv: the label first, one series of one channel in a row, no header. .npz: x
     (n, channels, points) or (n, points), y (n,). Empty cells, ? and NaN are gaps; behind the last value they say that the series is shorter. Whole numbers
     are names of classes, too. Without `labelled` labels are left alone. Where the data brings no split of its own, every fifth series of each class is `test`.
-    Series with a fault are in `skipped`, by file and row, and told to `on_skip`. Raises DataError: nothing there, more than half bad, more than fits in memory.
+    Series with a fault are in `skipped`, by file and row, and told to `on_skip`. Row after row is read; more than `bound` bytes of them are written into a file
+    in `folder`, or that for temporary files. Raises DataError: nothing there, more than half bad.
     """
     own = File(source).is_dir()
     files = _split(File(source)) if own else {"all": File(source)}
     if own and split != "all" and split not in files:
         wanted = f"a file called {split}, or NAME_{split.upper()}, ending in {', '.join(SUFFIXES)}"
-        raise DataError(f"{source} without a file for split {split!r}", wanted=wanted, do="Correct the path or the names.")
-    every: list[Entry] = []
-    chosen: list[Entry] = []
-    for kind, file in files.items():
-        header, found = entries(file)
-        _fits(file, header, task if labelled else "regression")
-        rows = [_labelled(entry, task) if labelled else entry._replace(label=None) for entry in found]
-        every += rows
-        chosen += rows if split == "all" or kind in ("all", split) else []
-        classes = classes or (header.classes if task == "classification" else None) or None
-    every, chosen = _alike(every), _alike(every, chosen)
-    good, bad = [row for row in chosen if not row.fault], tuple((row.where, row.fault) for row in chosen if row.fault)
-    if 2 * len(bad) > len(chosen) or not good:
-        found = f"{source}: {len(bad)} of {len(chosen)} series that cannot be used{f', such as {bad[0][0]}: {bad[0][1]}' if bad else ''}"
-        raise DataError(found, wanted="at most half of them bad", do="Correct or remove them.")
-    known = [row.label for row in every if not row.fault]
-    classes = classes or _names(known, task)
-    if classes and task == "classification":
-        _known(every, classes)
-    names, labels = numbered(known, [row.label for row in good], classes, task)
-    for where, why in bad if on_skip else ():
-        assert on_skip is not None
-        on_skip(where, why)
-    made = SeriesSet(tuple(row.values for row in good if row.values is not None), labels, names, bad, tuple(row.where for row in good))
-    return cut(made, "all" if own else split, limit, "series")
+        raise DataError(f"{source} without a file {PURPOSE[split]}", wanted=wanted, do="Correct the path or the names.")
+    lay, channels = Lay(bound, folder), 0
+    with Sieve[Tensor](SERIES, lay, task) as sieve:
+        for kind, file in files.items():
+            header, found = entries(file)
+            _fits(file, header, task if labelled else "regression")
+            classes = classes or (header.classes if task == "classification" else None) or None
+            for entry in found:
+                row = _labelled(entry, task) if labelled else entry._replace(label=None)
+                channels, fault = channels or (0 if row.values is None else len(row.values)), row.fault
+                if row.values is not None and len(row.values) != channels:
+                    fault = f"{len(row.values)} channels where the first series has {channels}"
+                values = torch.empty(0, 0) if row.values is None else row.values
+                sieve.take(row.where, values, row.label, fault, chosen=split == "all" or kind in ("all", split))
+        if task == "classification":
+            classes = classes or _names(sieve.names)
+            _known(sieve.known, classes)
+        made = sieve.sieved(source, "series", classes, on_skip)
+    return cut(SeriesSet(made.values, made.labels, made.classes, made.skipped, made.where, lay), "all" if own else split, limit, "series")
 
 
 def holds_series(source: File) -> bool:
@@ -206,11 +210,11 @@ def _fits(file: File, header: Header, task: Task) -> None:
         raise DataError(f"{file} with numbers for labels (@targetLabel)", wanted="names of classes", do="If numbers shall be foretold: --task regression.")
 
 
-def _known(every: Sequence[Entry], classes: Sequence[str]) -> None:
+def _known(known: Mapping[tuple[type, Any], str], classes: Sequence[str] | None) -> None:
     """Raises DataError for the first label that is none of the classes."""
-    for row in every:
-        if not row.fault and row.label is not None and row.label not in classes:
-            raise DataError(f"{row.where}: label {row.label!r}", wanted=f"one of {', '.join(classes)}", do="Correct the labels.")
+    for (_, label), where in known.items() if classes else ():
+        if label not in (classes or ()):
+            raise DataError(f"{where}: label {label!r}", wanted=f"one of {', '.join(classes or ())}", do="Correct the labels.")
 
 
 def _labelled(entry: Entry, task: Task) -> Entry:
@@ -233,25 +237,9 @@ def _whole(label: Any) -> Any:
     return str(int(number)) if number.is_integer() else label
 
 
-def _alike(every: Sequence[Entry], some: Sequence[Entry] | None = None) -> list[Entry]:
-    """A fault for those with other channels than the first good series, and for those without a label where others have one."""
-    first = next((row.values for row in every if row.values is not None), None)
-    labelled = any(row.label is not None for row in every)
-
-    def judged(row: Entry) -> Entry:
-        if row.fault or first is None or row.values is None:
-            return row
-        if len(row.values) != len(first):
-            return Entry(row.where, None, None, f"{len(row.values)} channels where the first series has {len(first)}")
-        return Entry(row.where, None, None, "no label") if labelled and row.label is None else row
-
-    return [judged(row) for row in (every if some is None else some)]
-
-
-def _names(known: Sequence[Any], task: Task) -> tuple[str, ...] | None:
+def _names(known: Sequence[str]) -> tuple[str, ...] | None:
     """Of the classes, in the order of numbers where all are numbers."""
-    found = {str(label) for label in known if label is not None}
-    if task != "classification" or not found:
+    if not known:
         return None
-    numbers = all(name.removeprefix("-").isdecimal() for name in found)
-    return tuple(sorted(found, key=int if numbers else None))
+    numbers = all(name.removeprefix("-").isdecimal() for name in known)
+    return tuple(sorted(known, key=int if numbers else None))

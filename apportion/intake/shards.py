@@ -6,15 +6,19 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path as File
+from typing import TextIO
 
 from apportion.errors import DataError
 from apportion.intake import parquet
+from apportion.intake.folders import PURPOSE
 
 SPLITS = {"train": ("train",), "test": ("test", "dev", "val", "validation")}
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 SHOWN = 8  # columns that an error lists
+TORN = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error)  # what reading a table of text trips over
 PIECE = re.compile(r"(.+?)([-_.]\d.*)?")  # train, train-00000-of-00003, train_1
 
 
@@ -35,7 +39,7 @@ def pieces(source: File, split: str, columns: Collection[str] = ()) -> tuple[lis
     own = every != inside or any(named.values())
     chosen = every if split == "all" or not own else named[split]
     if not chosen:
-        raise DataError(f"{source} without files for split {split!r}", wanted=wanted, do="Correct the path or the names.")
+        raise DataError(f"{source} without a table {PURPOSE[split] if inside else PURPOSE['all']}", wanted=wanted, do="Correct the path or the names.")
     if odd := next((file for file in every if ending(file) != ending(every[0])), None):
         found = f"{odd.name} beside {every[0].name} in {source}"
         raise DataError(found, wanted="pieces of one table, all with the same ending", do="Remove one, or convert it.")
@@ -49,19 +53,32 @@ def ending(file: File) -> str:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
+def opened(table: File) -> TextIO:
+    """The text of a .csv, .tsv or .jsonl, its ends of lines as they are: a row of .jsonl ends with no other sign than its own."""
+    return (gzip.open if table.name.endswith(".gz") else open)(table, "rt", encoding="utf-8-sig", newline="\n" if ending(table) == ".jsonl" else "")  # pyright: ignore[reportReturnType]
+
+
+def unread(file: File, error: Exception) -> DataError:
+    """The error of a table that cannot be read."""
+    if isinstance(error, PermissionError):
+        return DataError(f"{file}: {error.strerror}", wanted="a file that may be read", do="Change its permissions.")
+    why = f"bytes that are no UTF-8 ({error.reason})" if isinstance(error, UnicodeDecodeError) else str(error)
+    return DataError(f"{file}: {why}", wanted="a whole table in UTF-8", do="Convert it, or write it again.")
+
+
 def columns_of(table: File) -> list[str]:
     """Names of the columns; of .jsonl the keys of the first row. Raises DataError where they cannot be read."""
     kind = ending(table)
     if kind == ".parquet":
         return parquet.names(table)
     try:
-        with (gzip.open if table.name.endswith(".gz") else open)(table, "rt", encoding="utf-8-sig", newline="") as lines:
+        with opened(table) as lines:
             if kind != ".jsonl":
                 return next(csv.reader(lines, delimiter="\t" if kind == ".tsv" else ","), [])
             first = json.loads(next((line for line in lines if line.strip()), "{}"))
             return list(first) if isinstance(first, dict) else []
-    except (OSError, EOFError, ValueError, csv.Error) as error:
-        raise DataError(f"{table}: {error}", wanted="a table in UTF-8", do="Convert it.") from error
+    except (*TORN, ValueError) as error:
+        raise unread(table, error) from error
 
 
 def _first(files: Sequence[File], names: Sequence[str]) -> list[File]:

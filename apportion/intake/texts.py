@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as File
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apportion.errors import DataError, PlanError
 from apportion.intake import parquet
-from apportion.intake.folders import batched, one_class, parted, spread
-from apportion.intake.labels import numbered, parsed
-from apportion.intake.shards import ending, pieces
+from apportion.intake.folders import OnSkip, Split, batched, cut, parted
+from apportion.intake.labels import parsed
+from apportion.intake.laid import HELD, HELD_BYTES, Lay, laid
+from apportion.intake.shards import TORN, ending, opened, pieces, unread
+from apportion.intake.sieve import Sieve
+from apportion.intake.written import TEXT, picked
 from apportion.methods.task import UNKNOWN
 from apportion.vocab import Task
 
 Text = str | tuple[str, str]
-Split = Literal["train", "test", "all"]
-OnSkip = Callable[[str, str], None]
-HELD_OUT = 0.2
+COUNTED = 64  # texts tokenised at a time where all are: while they are, they take some hundred times as much as their tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +66,10 @@ class Tokenise:
             raise PlanError(f"{file}: {error}", wanted="a tokenizer.json", do="Correct the path.") from error
         return cls(content, length=length, padding=padding, pairs=pairs)
 
-    def __call__(self, texts: Sequence[Text], *, where: Sequence[str] = ()) -> Tensor:
-        """`where`: what to call each text in an error, such as its file and line."""
+    def __call__(self, texts: Sequence[Text], *, where: Sequence[str] = (), width: int = 0) -> Tensor:
+        """`where`: what to call each text in an error, such as its file and line. `width`: the least n."""
         found = self._encoded(texts, where)
-        n = max(len(one.ids) for one in found)
+        n = max(width, *(len(one.ids) for one in found))
         ids = torch.tensor([one.ids + [self.padding] * (n - len(one.ids)) for one in found])
         if not self.pairs:
             return ids
@@ -100,10 +99,10 @@ class Tokenise:
             begun = word if word != UNKNOWN else begun
         return found
 
-    def labelled(self, texts: Sequence[Text], labels: Tensor) -> Tensor:
-        """Labels of words (b, most words) as labels of tokens (b, n): each at the first token of its word, -100 elsewhere."""
+    def labelled(self, texts: Sequence[Text], labels: Tensor, *, width: int = 0) -> Tensor:
+        """Labels of words (b, most words) as labels of tokens (b, n), n at least `width`: each at the first token of its word, -100 elsewhere."""
         words = [self.words(text) for text in texts]
-        made = torch.full((len(words), max(map(len, words))), UNKNOWN)
+        made = torch.full((len(words), max(width, *map(len, words))), UNKNOWN)
         for row, found in enumerate(words):
             for place, word in enumerate(found):
                 if word != UNKNOWN:
@@ -133,13 +132,14 @@ class Tokenise:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextSet:
-    """Texts (or pairs of them) and their labels."""
+    """Texts (or pairs of them) and their labels: in memory, or where they are too many, in a file (`written`)."""
 
-    texts: tuple[Text, ...]
+    texts: Sequence[Text]
     labels: Tensor | None  # int64 (n,), or one for each word (n, most words); several, or numbers, (n, outputs) float
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()  # file and row, why
-    where: tuple[str, ...] = ()  # file and row of each text
+    where: Sequence[str] = ()  # file and row of each text
+    lay: Lay = HELD
 
     def __post_init__(self) -> None:
         if self.labels is not None and len(self.labels) != len(self.texts):
@@ -156,9 +156,8 @@ class TextSet:
     def rows(self, index: Tensor | Sequence[int]) -> TextSet:
         """The same set with these rows only, in this order."""
         rows = torch.as_tensor(index, dtype=torch.int64)
-        labels = None if self.labels is None else self.labels[rows]
-        texts, where = (tuple(of[i] for i in rows.tolist()) if of else () for of in (self.texts, self.where))
-        return TextSet(texts, labels, self.classes, self.skipped, where)
+        labels = None if self.labels is None else self.lay.picked(self.labels, rows)
+        return TextSet(picked(self.texts, rows), labels, self.classes, self.skipped, picked(self.where, rows), self.lay)
 
     def split(self, holdout: float, *, seed: int = 0) -> tuple[TextSet, TextSet]:
         """(rest, held out): `holdout` of the texts, spread evenly over the classes, chosen by `seed`. Raises DataError where one side would be empty."""
@@ -185,14 +184,35 @@ class TextSet:
 
     def batches(self, batch: int, tokenise: Tokenise, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(inputs, labels) of `batch` texts and a shorter rest; in order, or shuffled by `seed`. Raises DataError for a text that has no tokens."""
+        return self._batches(batch, tokenise, 0, seed)
+
+    def _batches(self, batch: int, tokenise: Tokenise, width: int, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         for rows in batched(len(self), batch, seed):
             some = self.rows(rows)
-            of_words = some.labels is not None and some.labels.ndim == 2 and not some.labels.is_floating_point()
-            yield tokenise(some.texts, where=some.where), tokenise.labelled(some.texts, some.labels) if of_words and some.labels is not None else some.labels
+            inputs, labels = tokenise(some.texts, where=some.where, width=width), some.labels
+            yield inputs, tokenise.labelled(some.texts, labels, width=width) if labels is not None and some.of_words else labels
+
+    @property
+    def of_words(self) -> bool:
+        """Whether each word has a label."""
+        return self.labels is not None and self.labels.ndim == 2 and not self.labels.is_floating_point()
+
+    def gathered(
+        self, tokenise: Tokenise, *, bound: int = HELD_BYTES, folder: File | None = None, tell: Callable[[str], None] = lambda text: None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(inputs, labels) of all texts, as long as the longest of them: `laid`. Each is tokenised twice, as only then it is known how long that is."""
+        width = int(self.sizes(tokenise).max())
+
+        def every(parts: Iterator[Tensor]) -> Tensor:
+            return laid(parts, len(self), bound=bound, folder=folder, tell=tell)
+
+        inputs = every(part for part, _ in self._batches(COUNTED, tokenise, width))
+        return inputs, every(part for _, part in self._batches(COUNTED, tokenise, width) if part is not None) if self.of_words else self.labels
 
     def sizes(self, tokenise: Tokenise) -> Tensor:
         """How many tokens each text has, (n,). Raises DataError for a text that has none."""
-        return tokenise.sizes(self.texts, where=self.where)
+        parts = (self.rows(rows) for rows in batched(len(self), COUNTED, None))
+        return torch.cat([tokenise.sizes(some.texts, where=some.where) for some in parts])
 
 
 def read_texts(
@@ -207,6 +227,8 @@ def read_texts(
     limit: int | None = None,
     on_skip: OnSkip | None = None,
     task: Task = "classification",
+    bound: int = HELD_BYTES,
+    folder: File | None = None,
 ) -> TextSet:
     """Read a list of texts with `labels`, a file, or a folder with train and test (or dev, val, validation) files, or with pieces of one (`shards.pieces`).
 
@@ -215,39 +237,29 @@ def read_texts(
     `task`, a cell holds one; several, as a list or a|b; numbers; or one for each word of a text, which is a list of words or has spaces between them.
     Where the data brings no split of its own, every fifth text of each class is `test`. `limit` keeps that many, spread evenly over the classes.
     Rows that cannot be used are in `skipped`, by file and line (rows of .parquet and lists count from 0), and told to `on_skip`.
+    Of files, row after row is read; more than `bound` bytes of texts, of places or of labels are written into a file in `folder`, or that for temporary files.
     Raises DataError: nothing there, a column that is missing, more than half of the rows bad, labels of two kinds; PlanError for .parquet without pyarrow.
     """
     if split not in ("train", "test", "all") or (limit is not None and limit < 1):
         raise DataError(f"split {split!r}, limit {limit}", wanted="train, test or all; at least 1", do="Correct them.")
-    if isinstance(source, str | File):
-        if labels is not None:
-            raise DataError("labels beside a file", wanted="labels for a list of texts", do=f"Put them into the column {label!r}.")
-        files, every, own = pieces(File(source), split, {text, pair or text, label})
-        table = {file: list(_rows(file, text, pair, label, task)) for file in every}
-        rows, known = [row for file in files for row in table[file]], [row for entries in table.values() for row in entries]
-    else:
-        given = list(source)
-        if labels is not None and len(labels) != len(given):
-            raise DataError(f"{len(labels)} labels for {len(given)} texts", wanted="one label for each text", do="Correct the data.")
-        rows = known = [_row(f"row {i}", one, None if labels is None else labels[i], task, labels is not None) for i, one in enumerate(given)]
-        own = False
-    good, bad = [row for row in rows if not row[3]], tuple((row[0], row[3]) for row in rows if row[3])
-    if 2 * len(bad) > len(rows) or not good:
-        found = f"{len(bad)} of {len(rows)} rows that are no usable texts{f', such as {bad[0][0]}: {bad[0][1]}' if bad else ''}"
-        raise DataError(found, wanted="at most half of them bad", do="Correct or remove them.")
-    names, numbers = numbered([row[2] for row in known if not row[3]], [row[2] for row in good], classes, task)
-    for where, why in bad if on_skip else ():
-        assert on_skip is not None
-        on_skip(where, why)
-    found = TextSet(tuple(row[1] for row in good), numbers, names, bad, tuple(row[0] for row in good))
-    if split != "all" and not own:
-        test = spread(one_class(found.labels), torch.arange(len(found)), HELD_OUT)
-        found = found.rows((test if split == "test" else ~test).nonzero().flatten())
-    if limit is not None and limit < len(found):
-        found = found.rows(spread(one_class(found.labels), torch.arange(len(found)), limit / len(found)).nonzero().flatten())
-    if not len(found):
-        raise DataError(f"no text in split {split!r}", wanted="at least one", do="Give more data, or use split='all'.")
-    return found
+    lay, own = Lay(bound, folder), False
+    with Sieve[Text](TEXT, lay, task) as sieve:
+        if isinstance(source, str | File):
+            if labels is not None:
+                raise DataError("labels beside a file", wanted="labels for a list of texts", do=f"Put them into the column {label!r}.")
+            chosen, every, own = pieces(File(source), split, {text, pair or text, label})
+            for file in every:
+                for row in _rows(file, text, pair, label, task):
+                    sieve.take(*row, chosen=file in chosen)
+        else:
+            given = list(source)
+            if labels is not None and len(labels) != len(given):
+                raise DataError(f"{len(labels)} labels for {len(given)} texts", wanted="one label for each text", do="Correct the data.")
+            for i, one in enumerate(given):
+                sieve.take(*_row(f"row {i}", one, None if labels is None else labels[i], task, labels is not None))
+        found = sieve.sieved(source if isinstance(source, str | File) else "the list", "rows", classes, on_skip)
+    made = TextSet(found.values, found.labels, found.classes, found.skipped, found.where, lay)
+    return cut(made, "all" if own else split, limit, "text")
 
 
 Row = tuple[str, Any, Any, str]  # where, text, label, fault
@@ -273,38 +285,37 @@ def _fault(text: Any) -> str:
 def _rows(file: File, text: str, pair: str | None, label: str, task: Task) -> Iterator[Row]:
     columns = [text] if pair is None else [text, pair]
     if ending(file) == ".parquet":
-        yield from _checked(file, "row", parquet.entries(file, columns, label), columns, label, False, task)
+        yield from _checked(file, "row", parquet.entries(file, columns, label), columns, label, task)
         return
     try:
-        content = gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()
-        entries = list(_entries(file, content.decode("utf-8-sig"), columns))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file}: {error}", wanted="a table in UTF-8", do="Convert it.") from error
-    yield from _checked(file, "line", entries, columns, label, any(isinstance(entry, dict) and label in entry for _, entry in entries), task)
+        yield from _checked(file, "line", _entries(file, columns), columns, label, task)
+    except TORN as error:
+        raise unread(file, error) from error
 
 
-def _checked(file: File, unit: str, entries: Iterable[tuple[int, Any]], columns: Sequence[str], label: str, labelled: bool, task: Task) -> Iterator[Row]:
-    """`labelled`: whether an entry without the label's key lacks something."""
+def _checked(file: File, unit: str, entries: Iterable[tuple[int, Any]], columns: Sequence[str], label: str, task: Task) -> Iterator[Row]:
     for number, entry in entries:
         where = f"{file}, {unit} {number}"
         if not isinstance(entry, dict) or any(entry.get(name) is None for name in columns):
             yield where, "", None, f"no {' and '.join(columns)}" if isinstance(entry, dict) else "not a JSON object"
             continue
         body = entry[columns[0]] if len(columns) == 1 else tuple(entry[name] for name in columns)
-        yield _row(where, body, entry.get(label), task, labelled or label in entry)
+        yield _row(where, body, entry.get(label), task, label in entry)
 
 
-def _entries(file: File, content: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    if ending(file) == ".jsonl":
-        for line, row in enumerate(content.split("\n"), 1):
-            if row.strip():
-                try:
-                    yield line, json.loads(row)
-                except ValueError:
-                    yield line, None
-        return
-    reader = csv.DictReader(io.StringIO(content, newline=""), delimiter="\t" if ending(file) == ".tsv" else ",")
-    if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
-        raise DataError(f"{file} with columns {', '.join(reader.fieldnames or ())}", wanted=f"a column {missing[0]!r}", do="Name the columns, or add a header.")
-    for row in reader:
-        yield reader.line_num, row
+def _entries(file: File, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    with opened(file) as lines:
+        if ending(file) == ".jsonl":
+            for line, row in enumerate(lines, 1):
+                if row.strip():
+                    try:
+                        yield line, json.loads(row)
+                    except ValueError:
+                        yield line, None
+            return
+        reader = csv.DictReader(lines, delimiter="\t" if ending(file) == ".tsv" else ",")
+        here = reader.fieldnames or ()
+        if missing := [name for name in columns if name not in here]:
+            raise DataError(f"{file} with columns {', '.join(here)}", wanted=f"a column {missing[0]!r}", do="Name the columns, or add a header.")
+        for row in reader:
+            yield reader.line_num, row

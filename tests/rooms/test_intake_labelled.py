@@ -162,7 +162,7 @@ def test_splits_and_recordings(tmp_path: File) -> None:
     test = read(tmp_path, HEAR, task="regression", split="test")
     assert len(test) == 4 and "for the second time, first at" in test.skipped[0][1] and test.skipped[1][1].startswith("1 files that labels.csv")
     (tmp_path / "val" / "labels.csv").unlink()
-    with pytest.raises(DataError, match="without a table of labels for split 'test'"):
+    with pytest.raises(DataError, match="without a table of labels for the test"):
         read(tmp_path, HEAR, task="regression", split="test")
 
 

@@ -133,7 +133,7 @@ def test_the_piece_that_differs_is_named(tmp_path: File) -> None:
     with pytest.raises(DataError, match=r"b\.jsonl without a column 'label'"):
         read_rows(tmp_path / "lines")
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="without files for split 'all'"):
+    with pytest.raises(DataError, match="without a table at all"):
         read_rows(tmp_path / "nothing")
     (tmp_path / "torn.csv").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"torn\.csv: .*UTF-8"):

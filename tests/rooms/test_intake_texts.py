@@ -82,13 +82,13 @@ def test_what_cannot_be_used_is_refused(tmp_path):
         (lambda: read_texts(tmp_path / "data.parquet"), "data.parquet"),
         (lambda: read_texts(tmp_path), "data.csv with columns a, b"),
         (lambda: read_texts(["x"], labels=[1, 2]), "2 labels for 1"),
-        (lambda: read_texts([]), "0 of 0"),
+        (lambda: read_texts([]), "without any rows"),
         (lambda: read_texts(["x", "y"], labels=["a", 1]), "label 1 beside names"),
         (lambda: read_texts(["x", "y"], labels=[-1, 1]), "label -1"),
         (lambda: read_texts(["x", "y"], labels=["0", 10**15]), "label 1000000000000000; wanted.*below 1000000"),
         (lambda: read_texts(["x"], limit=0), "limit 0"),
         (lambda: TextSet(("x",), torch.tensor([4]), ()).check(3), "label 4 at row 0"),
-        (lambda: TextSet(("x",), None, ()).split(0.5), "1 texts"),
+        (lambda: TextSet(("x",), None, ()).split(0.5), "1 text, of which a part of 0.5"),
     ):
         with pytest.raises(DataError, match=what):
             call()
