@@ -51,8 +51,8 @@ Measured = Annotated[
     str,
     typer.Option(
         "--backend",
-        help="inductor (compiled, fast), aotinductor (compiled, kept, no copies of weights), eager (starts at once), openvino, onnxruntime, "
-        "onnxruntime-int8, or auto: the fastest here.",
+        help="inductor (compiled, fast), aotinductor (compiled, kept, no copies of weights), cudagraphs (recorded, on a GPU), eager (starts at once), "
+        "openvino, onnxruntime, onnxruntime-int8, or auto: the fastest here.",
     ),
 ]
 Folder = Annotated[File, typer.Argument(help="The folder of a bundle.")]
@@ -114,7 +114,10 @@ def adapt(
     confidence: Annotated[
         float | None, typer.Option(min=0, max=1, help="With which the tolerance is to be certified, such as 0.9, on samples kept for that alone.")
     ] = None,
-    epochs: Annotated[float | None, typer.Option(min=0, help="Epochs of teaching the paths; 0, the default, adapts without training.")] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(min=0, help="Epochs of teaching the paths; 0, the default, adapts without training. `scratch` trains before that as long as it takes."),
+    ] = None,
     plan: Annotated[File | None, typer.Option(help="A plan in TOML; the options above come on top of it.")] = None,
     timm_name: Annotated[str | None, typer.Option(help="The timm model that a .safetensors file belongs to.")] = None,
     random: Annotated[bool, typer.Option("--random", help="Untrained weights, to try the way without a download.")] = False,
@@ -131,7 +134,7 @@ def adapt(
         str | None,
         typer.Option(
             help="acm: a gate gives every token its own width (needs epochs). exits: answers on the way, the model itself stays as it is."
-            " surrogate: fitted maps in place of blocks left out. perceiver: with scratch."
+            " surrogate: fitted maps in place of blocks left out. apt: plain pictures enter as fewer tokens, before anything runs. perceiver: with scratch."
         ),
     ] = None,
     kind: Annotated[

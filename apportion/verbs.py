@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from apportion import methods
-from apportion.control import candidates, exits
+from apportion.control import offered
 from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.answers import spelled
 from apportion.deliver.beginning import at_once, foreseen, graph_lengths, one_of, perceiver_of, to_scale, wanted
@@ -23,13 +23,13 @@ from apportion.deliver.deciding import BATCH, control, outcomes
 from apportion.deliver.ranking import Ranking, Tell, Wanted, made_up, rank, silent
 from apportion.deliver.weighing import Weighed, check_time, fast_enough, typical, weigh
 from apportion.errors import DataError, NoEffect, PlanError
-from apportion.intake import KINDS, Feed, Parts, Pooling, Preprocess, Samples, Tokenise, fresh, matched, opened, read_model, reader
+from apportion.intake import KINDS, Feed, Parts, Pooling, Preprocess, Samples, TextSet, Tokenise, fresh, matched, opened, read_model, reader
 from apportion.intake.labels import span
 from apportion.intake.laid import gathered
-from apportion.intake.parts import FEWEST, bare
+from apportion.intake.parts import bare
 from apportion.measure.inspect import Inspection, inspected
 from apportion.methods.task import SURE
-from apportion.network import Architecture, Network, Perceiver, fit_bridges, left_out, put, sort_by_importance
+from apportion.network import Architecture, Network, Perceiver, coarse, fit_bridges, left_out, put, sort_by_importance
 from apportion.train import Data, Images, Recipe, Sounds, Texts, acm, classes, dense, fit, nested, sandwich
 from apportion.train.tasks import taught_by
 from apportion.vocab import Budget, Choice, Ladder, Plan, Task
@@ -82,6 +82,7 @@ def adapt(
         data = Parts.read(data, seed=plan.seed, teach=plan.epochs > 0, certify=plan.confidence > 0, tell=tell, read=read)
     source, parts = matched(source, data), data.unlabelled() if task == "embedding" else data
     parts.check(source.network.architecture.classes)
+    parts.suffice(KINDS[type(source.fed)][1])
     if task == "regression":
         source.network.architecture = replace(source.network.architecture, span=span([samples.labels for samples in (parts.decide, parts.place)]))
     reference = copy.deepcopy(source.network).eval().requires_grad_(False)
@@ -141,11 +142,11 @@ def scratch(
     assert samples is not None  # Parts.read was asked for some
     feed, shape = fresh.fitted(begun, samples, architecture, task=task, length=length, vocabulary=vocabulary)
     parts.check(shape.classes)
-    if shape.classes < 2 and task in CHOOSE:
-        raise DataError(f"{what} of {shape.classes} class", wanted="two or more: of one there is nothing to tell apart", do="Add others, or name another task.")
-    if len(parts.decide) < FEWEST:
-        found = f"{len(parts.decide)} {what} to learn decisions from and {len(samples)} that teach, beside {len(parts.report)} for the test"
-        raise DataError(found, wanted=f"at least {FEWEST} for decisions, a quarter of what is no test", do="Give more data, or fewer of them as the test.")
+    if task in CHOOSE and (shape.classes < 2 or (samples.labels is not None and samples.labels.ndim == 1 and len(samples.labels.unique()) < 2)):
+        one = "" if samples.labels is None else f", {samples.classes[max(0, int(samples.labels.max()))]!r}"
+        do = "Add others: each is a label of its own, or a folder just below the one that is named; or name another task."
+        raise DataError(f"{what} of one class{one}", wanted="two or more: of one there is nothing to tell apart", do=do)
+    parts.suffice(what)
     torch.manual_seed(recipe.seed)
     network = perceiver_of(shape, task) if perceiver else Network(shape)
     if task == "regression" and samples.labels is not None:
@@ -171,6 +172,8 @@ def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: F
             found = f"{len(plan.choices)} methods and {plan.epochs:g} epochs for a perceiver"
             raise PlanError(found, wanted="none: it was taught all its settings", do="Use the method `perceiver`, or a plan without choices and epochs.")
         return network.eval().requires_grad_(False)  # the order of its units is part of what was taught
+    if plan.control == "entry" and not network.architecture.grey_level:
+        coarse(network, 3 / (255 * sum(feed.std)) if isinstance(feed, Preprocess) else 1 / 255)
     for choice in plan.choices:
         put(network, choice)
     samples = parts.decide if parts.teach is None else parts.teach
@@ -190,7 +193,7 @@ def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: F
         crop = max(1, feed.size // 8) if isinstance(feed, Preprocess) else 0
         recipe = Recipe(epochs=plan.epochs, batch=plan.batch, learning_rate=plan.learning_rate, seed=plan.seed, crop_padding=crop)
         # Tokens of an early exit that had to look like the full path's own would hold it back.
-        paths, weight = (exits, 0.1) if plan.control == "checkpoints" else (candidates, 1.0)
+        weight = 0.1 if plan.control == "checkpoints" else 1.0
         if plan.taught == "maps":
             network.requires_grad_(False)
             network.bridge.requires_grad_(True)
@@ -198,7 +201,7 @@ def prepare(network: Network, parts: Parts, feed: Feed, plan: Plan, *, folder: F
         # A full path that stays as it is teaches as well as its copy would; without labels a loss of its own is asked of it, and the copy makes that 0.
         by = None if plan.taught == "maps" and parts.teach.labels is not None else teacher
         objective, data = (
-            sandwich(paths(network.space, plan.glance), teacher=by, feature_weight=weight, task=a.task, span=a.span),
+            sandwich(offered(network.space, plan.control, plan.glance), teacher=by, feature_weight=weight, task=a.task, span=a.span),
             _data(parts.teach, feed, folder, tell),
         )
         if gated(plan):
@@ -214,7 +217,7 @@ def bridged(network: Network, samples: Samples, feed: Feed, plan: Plan, *, tell:
     """Maps for the runs of blocks that candidate paths leave out, or that the plan names: fitted on three quarters of some samples, judged on the others.
 
     Those that are to be taught begin as no maps at all."""
-    runs = network.bridge.runs or left_out(network, (exits if plan.control == "checkpoints" else candidates)(network.space, plan.glance))
+    runs = network.bridge.runs or left_out(network, offered(network.space, plan.control, plan.glance))
     if not runs:
         raise NoEffect("a bridge in a network whose blocks all run", wanted="one that may leave some out", do="Put a depth method into the plan.")
     if plan.taught == "maps":
@@ -239,7 +242,9 @@ def check_task(task: Task, plan: Plan) -> None:
 def with_method(plan: Plan, name: str) -> Plan:
     """The plan with a method that needs more than its slot: `acm`, a gate for every token in place of nested widths, taught in an order of its own; or
     `surrogate`, fitted maps in place of blocks that are left out; or `exits`, the same maps, taught, before the head of each exit, and nothing else changes; or
-    `perceiver`, the settings of a network that brings them. Raises PlanError."""
+    `perceiver`, the settings of a network that brings them; or `apt`, fewer tokens for plain pictures, decided before anything runs. Raises PlanError."""
+    if name == "apt":
+        return replace(plan, choices=(), control="entry")
     if name == "perceiver":
         return replace(plan, choices=(), glance=0, epochs=0.0)
     if name == "surrogate":
@@ -248,7 +253,7 @@ def with_method(plan: Plan, name: str) -> Plan:
         choices = (Choice("depth", "skip"), Choice("bridge", "surrogate"))
         return replace(plan, choices=choices, control="checkpoints", taught="maps", epochs=plan.epochs or 3.0, batch=32, learning_rate=3e-3)
     if name != "acm":
-        raise PlanError(f"method {name!r}", wanted="acm, exits, surrogate or perceiver", do="Name other methods in the plan's choices.")
+        raise PlanError(f"method {name!r}", wanted="acm, apt, exits, surrogate or perceiver", do="Name other methods in the plan's choices.")
     return replace(plan, choices=(*(choice for choice in plan.choices if choice.slot != "ffn"), Choice("ffn", "acm", options={"gate": GATE})))
 
 
@@ -258,9 +263,10 @@ def gated(plan: Plan) -> bool:
 
 
 def _data(samples: Samples, feed: Feed, folder: File | None, tell: Tell) -> Data:
-    """All samples as inputs, in memory, or where they are too many, in a file in `folder`; texts always in memory."""
+    """All samples as inputs, in memory, or where they are too many, in a file in `folder`."""
     if isinstance(feed, Tokenise):
-        inputs, labels = next(samples.batches(len(samples), feed))
+        assert isinstance(samples, TextSet)  # `matched` saw to it
+        inputs, labels = samples.gathered(feed, folder=folder, tell=tell)
         return Texts(inputs, labels, padding=feed.padding)
     inputs = gathered(samples, feed, folder=folder, tell=tell)
     return Images(inputs, samples.labels) if isinstance(feed, Preprocess) else Sounds(inputs, samples.labels)

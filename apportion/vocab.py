@@ -14,6 +14,8 @@ from apportion.errors import ControlError, PathError, PlanError
 
 Task = Literal["classification", "multilabel", "regression", "embedding", "token_classification", "segmentation"]
 """What the numbers that a network answers with mean."""
+Control = Literal["glance", "checkpoints", "entry"]
+"""Where it is decided how much a sample gets."""
 Axis = Literal["patch", "tokens", "heads", "width", "depth"]
 Notes = dict[str, list[Tensor]]
 """Facts that training or a picture wants from a forward pass. The caller brings the empty dict; serving passes None."""
@@ -174,14 +176,17 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """The served paths, cheapest first and full last; all do the same work in their first `glance` blocks, where the decision is made."""
+    """The served paths, cheapest first and full last; all do the same work in their first `glance` blocks, where the decision is made.
+
+    A glance of -1: it is made before the tokeniser, and nothing is shared.
+    """
 
     paths: tuple[Path, ...]
     glance: int
 
     def __post_init__(self) -> None:
         for path in self.paths:
-            if not path.same_start(self.paths[-1], self.glance):
+            if self.glance >= 0 and not path.same_start(self.paths[-1], self.glance):
                 raise PathError(
                     f"path {path.name}, which differs from {self.paths[-1].name} before the decision",
                     wanted=f"the same first {self.glance} blocks",
@@ -299,7 +304,8 @@ class Plan:
     rungs: int = 6  # served paths at most
     tolerance: float = 0.3  # percentage points of accuracy that may be lost
     confidence: float = 0.0  # with which the tolerance holds, certified on images that nothing else saw; 0 certifies nothing
-    control: Literal["glance", "checkpoints"] = "glance"  # decide once, after the glance; or run exits in turn and leave at the first that is sure
+    # decide once, after the glance; run exits in turn and leave at the first that is sure; or decide before the tokeniser, by how plain a picture is
+    control: Control = "glance"
     search: Literal["macs", "ms"] = "macs"  # what the served paths are chosen to save; ms of this device are foretold from a few paths that are built and timed
     never_slower: bool = True  # a path that is not faster than the dense model on this device is not served
     epochs: float = 0.0  # of sandwich distillation; 0 adapts without training

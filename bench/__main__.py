@@ -54,11 +54,12 @@ def tuned(
     runs: File = File("runs/tuned"),
     repeats: int = 6,
     blocks: Annotated[str, typer.Option(help="Smaller networks of so many blocks beside it, such as 6,8.")] = "",
+    ways: Annotated[str, typer.Option(help="Such as glance,checkpoints; all by default.")] = "",
 ) -> None:
     """A pretrained DeiT-Tiny fine-tuned on CIFAR-10 by us, dense against adaptive."""
     from bench import tuned as bench
 
-    bench.main(data, model, runs, repeats=repeats, blocks=[int(each) for each in blocks.split(",") if each])
+    bench.main(data, model, runs, repeats=repeats, blocks=[int(each) for each in blocks.split(",") if each], names=[each for each in ways.split(",") if each])
 
 
 @app.command()
@@ -215,12 +216,18 @@ def distil(data: Data, runs: File = File("runs/cifar")) -> None:
 
 
 @app.command()
-def reading(part: Annotated[str, typer.Option(help="models or streaming.")] = "models") -> None:
+def reading(
+    part: Annotated[str, typer.Option(help="models or streaming.")] = "models",
+    kind: Annotated[str, typer.Option(help="Of streaming: pictures, texts, rows, series, recordings or masks.")] = "pictures",
+) -> None:
     """What reading a text model costs over loading it; or the memory that samples take which are larger than a bound."""
     from bench import reading as bench
     from bench import streaming
 
-    {"models": bench, "streaming": streaming}[part].main()
+    if part == "streaming":
+        streaming.main(kind)
+    else:
+        bench.main()
 
 
 @app.command()

@@ -365,9 +365,8 @@ def correct(share: float, samples: int) -> str:
 
 
 def peers() -> str:
-    """`results/peers.json` as a page: what else one could do with the same weights, timed in the same rounds."""
+    """`results/peers.json` and `tuned.json` as a page: what else one could do with the same weights, timed in the same rounds."""
     found = json.loads((FOLDER / "peers.json").read_text())
-    batches = [key for key in found["peers"][0] if key.startswith("batch")]
     lines = [
         "# Other ways",
         "",
@@ -376,20 +375,50 @@ def peers() -> str:
         "compiled by torch; *realised* is time saved over multiply-adds saved, against the dense network on the same run time; `ms` is per picture.",
         machine(found),
         "",
-        f"| way | accuracy, % | GMACs | {' | '.join(f'ms, {batch} | time | realised' for batch in batches)} |",
-        "|---" * (3 + 3 * len(batches)) + "|",
+        *ways(found["peers"], found["images"]),
+        "",
+        *tuned(),
     ]
-    for row in found["peers"]:
+    return "\n".join([*lines, "", *smaller(), ""])
+
+
+def ways(rows: list[dict[str, Any]], images: int) -> list[str]:
+    """The table of other ways; one that was not timed at a batch size has nothing there."""
+    batches = sorted({key for row in rows for key in row if key.startswith("batch")}, key=lambda key: int(key.split()[1]))
+    lines = [f"| way | accuracy, % | GMACs | {' | '.join(f'ms, {batch} | time | realised' for batch in batches)} |", "|---" * (3 + 3 * len(batches)) + "|"]
+    for row in rows:
         cells = []
         for batch in batches:
-            here, over = row[batch], row[batch]["over_dense_inductor"]
+            here = row.get(batch)
+            if here is None:
+                cells += [""] * 3
+                continue
+            over = here["over_dense_inductor"]
             cells += [
                 f"{here['ms']:.1f}",
                 f"{over['value']:.2f}x ({over['low']:.2f} to {over['high']:.2f})",
                 f"{here['realisation']:.2f}" if "realisation" in here else "",
             ]
-        lines.append(f"| {row['peer']} | {correct(row['accuracy'], found['images'])} | {row['gmacs']:.3f} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *smaller(), ""])
+        lines.append(f"| {row['peer']} | {correct(row['accuracy'], images)} | {row['gmacs']:.3f} | {' | '.join(cells)} |")
+    return lines
+
+
+def tuned() -> list[str]:
+    """A pretrained network that was fine-tuned and then made adaptive."""
+    found = json.loads((FOLDER / "tuned.json").read_text())
+    recipe, networks = found["recipe"], found["networks"]
+    return [
+        "## A pretrained network, fine-tuned",
+        "",
+        f"`python -m bench tuned`: DeiT-Tiny at {found['size']} pixels, fine-tuned on {found['pictures']:,} pictures of CIFAR-10 for"
+        f" {recipe['dense_epochs']:g} epochs ({100 * networks['before']['accuracy']:.2f} % of {found['images']:,} test pictures),",
+        f"healed for {recipe['healing_epochs']:g} ({100 * networks['healed']['accuracy']:.2f} % at full). *Trained on* is the dense network after as many"
+        f" multiply-adds more as healing took, {recipe['longer_epochs']:.2f} epochs ({100 * networks['longer']['accuracy']:.2f} %).",
+        f"Columns as above; in single precision all run times answer alike, so accuracy is of the calls on OpenVINO. {machine(found)}",
+        "",
+        *ways(found["peers"], found["images"]),
+        "",
+    ]
 
 
 def smaller() -> list[str]:

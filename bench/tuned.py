@@ -2,9 +2,9 @@
 
 `python -m bench tuned --data FOLDER --model FILE.safetensors` wants FOLDER/cifar10.npz and DeiT-Tiny's weights. Pictures are enlarged to 96 pixels, positions
 resampled for them. Every tenth training picture of each class is held out to learn and place the controller; the test pictures are read once, at the end.
-What the adaptive network is held against is the dense one trained on for as many multiply-adds as healing took; beside it, smaller networks (the first blocks
-of DeiT-Tiny) that had as many in all; other run times, INT8, and static cuts of the healed network, in one interleaved run. One seed. Training resumes where
-it was cut off.
+What the adaptive network is held against is the fine-tuned one that it was made from. Beside it: that one trained on for as many multiply-adds as healing took,
+smaller networks (the first blocks of DeiT-Tiny) that had as many in all, other run times, INT8, and static cuts of the healed network, in one interleaved run.
+One seed. Training resumes where it was cut off. `--ways` names what is to be placed and timed, all by default.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def answers(network: Network, test: ImageSet, feed: Preprocess) -> dict[str, Any
     return {"accuracy": right.double().mean().item(), "interval": wilson(int(right.sum()), len(right))._asdict()}
 
 
-def beside(dense: Network, network: Network, shorter: dict[int, Network], test: ImageSet, feed: Preprocess, runs: File, repeats: int) -> list[dict[str, Any]]:
+def beside(
+    dense: Network, longer: Network, network: Network, shorter: dict[int, Network], test: ImageSet, feed: Preprocess, runs: File, repeats: int
+) -> list[dict[str, Any]]:
     """Accuracy and time of every other way. Single precision answers alike on all run times, so each network is asked on OpenVINO alone."""
     merging = copy.deepcopy(dense)
     put(merging, Choice("reducer", "tome"))
@@ -120,6 +122,7 @@ def beside(dense: Network, network: Network, shorter: dict[int, Network], test: 
     half, quarter = taught_paths(space)[-2:]
     static: dict[str, tuple[Network, Path]] = {
         "dense": (dense, dense.space.full),
+        "dense, trained on": (longer, longer.space.full),
         f"merging {MERGED} tokens in every block, not healed": (merging, merging.space.path(tokens=merging.space.merging(MERGED))),
         "half of the tokens from block 3, healed": (network, half),
         "half, then a quarter from block 7, healed": (network, quarter),
@@ -141,7 +144,7 @@ def beside(dense: Network, network: Network, shorter: dict[int, Network], test: 
     return peers.weighed(found, test, feed, repeats, same)
 
 
-def main(data: File, model: File, runs: File, *, repeats: int = 6, blocks: Sequence[int] = ()) -> None:
+def main(data: File, model: File, runs: File, *, repeats: int = 6, blocks: Sequence[int] = (), names: Sequence[str] = ()) -> None:
     torch.set_num_threads(1)
     begin = time.monotonic()
 
@@ -170,14 +173,14 @@ def main(data: File, model: File, runs: File, *, repeats: int = 6, blocks: Seque
     found: dict[str, Any] = {}
     parts = Parts(None, *held.split(0.5), test)
     fed = replace(source, network=network, feed=feed, classes=train.classes, provenance={**source.provenance, "fine_tuned_on": "CIFAR-10"})
-    for name, way in WAYS.items():
+    for name, way in ((name, WAYS[name]) for name in names or WAYS):
         try:
-            found |= compare({name: way}, network, longer, parts, fed, runs, repeats=repeats, tell=tell)
+            found |= compare({name: way}, network, begun, parts, fed, runs, repeats=repeats, tell=tell)
         except ControlError as error:
             found[name] = {"missed": str(error)}
             tell(f"missed: {error}")
     tell("beside what else one could do")
-    others = beside(longer, network, shorter, test, feed, runs, 2 * repeats)
+    others = beside(begun, longer, network, shorter, test, feed, runs, 2 * repeats)
     recipe = {**SHARED, "dense_epochs": DENSE_EPOCHS, "rate": RATE, "healing_epochs": HEALING_EPOCHS, "healing_rate": HEALING_RATE, "longer_epochs": spent}
     results.write(
         "tuned",

@@ -359,7 +359,7 @@ def check_one_file_one_test(shelf: File, tests: File) -> None:
                 continue
             for module in modules:
                 lower = ("apportion.vocab.", "apportion.errors.", "apportion.methods.slots.", "apportion.methods.task.")
-                allowed = module.startswith(lower) or module == "apportion.methods.ops"
+                allowed = module.startswith(lower) or module in ("apportion.methods.kernels", "apportion.methods.ops")
                 assert allowed or not module.startswith(("apportion", ".")), f"{name} imports {module}"
 
 

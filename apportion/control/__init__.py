@@ -4,8 +4,9 @@ from apportion.control.bounds import Bounds, acceptable_chance, bounds
 from apportion.control.cascade import Cascade, fit_cascade
 from apportion.control.collapse import Watch, collapse, information
 from apportion.control.controller import Controller, fit_controller
+from apportion.control.entry import Entry, fit_entry
 from apportion.control.guarantee import Certificate, certify
-from apportion.control.ladder import candidates, choose_rungs, exits
+from apportion.control.ladder import candidates, choose_rungs, exits, offered
 from apportion.control.operate import Decider, OperatingPoint, adaptive_gain, decide, frontier, operating_point
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Certificate",
     "Controller",
     "Decider",
+    "Entry",
     "OperatingPoint",
     "Watch",
     "acceptable_chance",
@@ -27,7 +29,9 @@ __all__ = [
     "exits",
     "fit_cascade",
     "fit_controller",
+    "fit_entry",
     "frontier",
     "information",
+    "offered",
     "operating_point",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from apportion.control.labels import stable_correct
 from apportion.errors import ControlError
 from apportion.methods.mix import mix
-from apportion.vocab import Path, Space
+from apportion.vocab import Control, Path, Space
 
 Blocks = tuple[int, ...]
 
@@ -55,6 +55,19 @@ def exits(space: Space, glance: int) -> list[Path]:
             "a network whose blocks all run", wanted="one that may leave some out", do='Put a depth method into the plan: Choice("depth", "skip").'
         )
     return [space.path(blocks=range(depth)) for depth in range(max(glance, 1), space.depth + 1)]
+
+
+def entries(space: Space, glance: int) -> list[Path]:
+    """Full, and full but for the tokens that enter, a dozen numbers of them at most, full last. Raises ControlError where fewer cannot."""
+    if not space.entering:
+        raise ControlError("a tokeniser that always makes all tokens", wanted="one that can make fewer", do="Use the method `apt`.")
+    last = len(space.entering) - 1
+    return [*(space.path(entering=space.entering[place]) for place in sorted({round(last * part / 11) for part in range(12)})), space.full]
+
+
+def offered(space: Space, control: Control, glance: int) -> list[Path]:
+    """What a way of control chooses from."""
+    return {"glance": candidates, "checkpoints": exits, "entry": entries}[control](space, glance)
 
 
 def _share(count: int, part: float) -> int:

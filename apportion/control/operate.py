@@ -12,6 +12,7 @@ from torch import Tensor
 
 from apportion.control.cascade import Cascade
 from apportion.control.controller import Controller
+from apportion.control.entry import Entry
 from apportion.control.rules import envelope, taken
 from apportion.errors import ControlError
 from apportion.vocab import Outcomes
@@ -45,8 +46,8 @@ def bootstrap_means(values: Tensor, *, repeats: int = REPEATS, seed: int = 0) ->
     return torch.stack([torch.bincount(index, minlength=rows).double() @ values.double() for index in drawn]) / rows
 
 
-Decider = Controller | Cascade
-"""What can decide: once after the glance, or at every checkpoint."""
+Decider = Controller | Cascade | Entry
+"""What can decide: once after the glance, at every checkpoint, or before anything has run."""
 
 
 def decide(controller: Decider, outcomes: Outcomes, budget: float) -> Tensor:

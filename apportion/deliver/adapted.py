@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from apportion.control import Cascade, Controller, Decider
+from apportion.control import Cascade, Controller, Decider, Entry
 from apportion.control.drift import Alarm
 from apportion.deliver import bundle as disk
 from apportion.deliver.bundle import Bundle
@@ -37,9 +37,9 @@ Inputs = Tensor | np.ndarray | Sequence[Image.Image] | Sequence[str | File] | Se
 
 @final
 class Decide(nn.Module):
-    """Glance and controller as one graph: (inputs, budget, cap) -> (tokens after the glance, rung for each sample)."""
+    """Glance and controller as one graph: (inputs, budget, cap) -> (the state after the glance, rung for each sample)."""
 
-    def __init__(self, glance: nn.Module, controller: Controller) -> None:
+    def __init__(self, glance: nn.Module, controller: Controller | Entry) -> None:
         super().__init__()
         self.glance, self.controller = glance, controller
 

@@ -27,7 +27,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as pack_tensors
 from torch import nn
 
-from apportion.control import Cascade, Certificate, Controller, Decider
+from apportion.control import Cascade, Certificate, Controller, Decider, Entry
 from apportion.errors import ApportionError, BundleError, PathError, PlanError
 from apportion.files import write_atomic, write_json
 from apportion.intake import Align, Feed, Listen, Preprocess, Tabulate, Tokenise
@@ -63,7 +63,7 @@ class Reached:
 class Served:
     """ladder.json, as a whole."""
 
-    glance: Annotated[int, Field(ge=0)]
+    glance: Annotated[int, Field(ge=-1)]
     paths: tuple[Path, ...]
     rungs: tuple[Rung, ...]
     budget: float
@@ -86,10 +86,11 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Stops:
-    """The same of checkpoints."""
+    """The same of checkpoints, and of a decision before the tokeniser."""
 
     rungs: Annotated[int, Field(gt=1)]
     knots: Annotated[int, Field(gt=1)]
+    cells: Annotated[int, Field(ge=0)] = 0  # of a picture, that the decision looks at
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,8 @@ class Settings:
             raise PlanError(found, wanted=f"{a.channels} of {a.points}", do=AGAIN)
         if self.perceiver is not None and self.perceiver.encoder != a:
             raise PlanError(f"a perceiver whose encoder is {self.perceiver.encoder}", wanted=f"{a}", do=AGAIN)
-        if isinstance(self.controller, Stops) != (self.plan.control == "checkpoints"):
+        control = "glance" if isinstance(self.controller, Sizes) else "entry" if self.controller.cells else "checkpoints"
+        if control != self.plan.control:
             raise PlanError(f"a controller that does not fit control = {self.plan.control!r}", wanted="the sizes of that kind", do=AGAIN)
 
 
@@ -170,7 +172,7 @@ def save(bundle: Bundle, folder: File, *, extra: Mapping[str, str] | None = None
         VERSION,
         bundle.plan,
         bundle.network.architecture,
-        (Stops if isinstance(bundle.controller, Cascade) else Sizes)(**bundle.controller.config()),
+        (Sizes if isinstance(bundle.controller, Controller) else Stops)(**bundle.controller.config()),
         preprocess=feed if isinstance(feed, Preprocess) else None,
         tokenise=Tokens(feed.length, feed.padding, feed.pairs, bundle.lengths) if isinstance(feed, Tokenise) else None,
         listen=feed if isinstance(feed, Listen) else None,
@@ -304,7 +306,7 @@ def _built(settings: Settings, file: File) -> tuple[Network, Decider]:
         network = Network(settings.architecture) if settings.perceiver is None else Perceiver(settings.perceiver)
         for choice in settings.plan.choices:
             put(network, choice)
-        kind = Cascade if isinstance(settings.controller, Stops) else Controller
+        kind = {"glance": Controller, "checkpoints": Cascade, "entry": Entry}[settings.plan.control]
         return network, kind.from_config(asdict(settings.controller))
     except ApportionError as error:
         raise BundleError(f"{file}: {error.found}", wanted=error.wanted, do=AGAIN) from error
@@ -322,11 +324,13 @@ def _ladder(served: Served, settings: Settings, network: Network, file: File) ->
         raise BundleError(f"{file}: buckets {served.buckets}", wanted="positive batch sizes, ascending", do=AGAIN)
     try:
         ladder = Ladder(served.paths, served.glance)
+        if (served.glance == -1) != (settings.plan.control == "entry"):
+            raise PathError(f"a glance of {served.glance} with control {settings.plan.control!r}", wanted="-1 with 'entry' alone", do=AGAIN)
         network.glance(served.glance)
         for path in served.paths:
             network.space.check(path)
         exits = [network.space.path(blocks=range(len(path.steps))) for path in served.paths]
-        if isinstance(settings.controller, Stops) and served.paths != tuple(exits):
+        if settings.plan.control == "checkpoints" and served.paths != tuple(exits):
             raise PathError(f"checkpoints on {[path.name for path in served.paths]}", wanted="exits of the full path", do=AGAIN)
     except ApportionError as error:
         raise BundleError(f"{file}: {error.found}", wanted=error.wanted, do=AGAIN) from error

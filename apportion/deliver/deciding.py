@@ -15,15 +15,16 @@ from apportion.control import (
     Certificate,
     Controller,
     Decider,
+    Entry,
     OperatingPoint,
-    candidates,
     certify,
     choose_rungs,
     decide,
-    exits,
     fit_cascade,
     fit_controller,
+    fit_entry,
     frontier,
+    offered,
     operating_point,
 )
 from apportion.control.complexity import Complexity
@@ -40,7 +41,7 @@ from apportion.measure.outcomes import Look, measure_outcomes
 from apportion.measure.outcomes import look as look_at
 from apportion.methods.task import said, sureness
 from apportion.network import Network, keep_bridges
-from apportion.vocab import Ladder, Outcomes, Plan
+from apportion.vocab import Ladder, Outcomes, Plan, Space
 
 Tell = Callable[[str], None]
 BATCH = 100  # rows at a time while tables are measured
@@ -53,10 +54,10 @@ def choose_ladder(
 ) -> Ladder:
     """Try every candidate path on some samples and keep the few that are worth serving, in multiply-adds or in the plan's milliseconds."""
     trial = samples.rows(range(min(TRIAL_ROWS, len(samples))))
-    every = (exits if plan.control == "checkpoints" else candidates)(network.space, plan.glance)
+    every, glance = offered(network.space, plan.control, plan.glance), -1 if plan.control == "entry" else plan.glance
     tell(f"trying {len(every)} paths on {len(trial)} {KINDS[type(feed)][1]}")
     tried = sorted(every, key=lambda path: mean_macs(network, path, over))
-    table = outcomes(network, Ladder(tuple(tried), plan.glance), trial, feed, reference=reference, over=over)
+    table = outcomes(network, Ladder(tuple(tried), glance), trial, feed, reference=reference, over=over)
     cost = table.cost
     if plan.search == "ms":
         example, _ = next(samples.rows([0]).batches(1, feed))
@@ -65,7 +66,7 @@ def choose_ladder(
         ms = torch.tensor([times.ms(network, path, max(buckets)) for path in tried], dtype=cost.dtype)
         cost = ms / ms[-1]
     chosen = choose_rungs(table.quality.double().mean(0), cost, plan.rungs, quality=table.quality)
-    return Ladder(tuple(tried[index] for index in sorted(chosen)), plan.glance)  # cheapest first in multiply-adds: the table's order
+    return Ladder(tuple(tried[index] for index in sorted(chosen)), glance)  # cheapest first in multiply-adds: the table's order
 
 
 def builder(backend: Backend) -> Callable[[nn.Module, Tensor], Callable[[Tensor], Any]]:
@@ -96,7 +97,7 @@ def control(
     tell(f"learning to decide between {len(ladder.paths)} paths")
     one, _ = next(parts.decide.rows([0]).batches(1, feed))
     checkpoints = plan.control == "checkpoints"
-    decision = 0 if checkpoints else decision_macs(network.glance(ladder.glance)(one)[1].shape[1], len(ladder.paths))
+    decision = 0 if plan.control != "glance" else decision_macs(network.glance(ladder.glance)(one)[1].shape[1], len(ladder.paths))
 
     every = served(network, ladder, feed, plan, chosen, backend=backend, tell=tell) if backend in COARSE else None
     first = 0
@@ -109,8 +110,9 @@ def control(
     # The tolerance is against the model that was read, so what healing gave or took at full counts too.
     before = outcomes(reference, Ladder((reference.space.full,), 0), parts.place, feed)
     lost = 100 * (before.quality.double().mean() - placed.quality[:, -1].double().mean()).item()
-    first, controller, point = settle(fitted, placed, plan.tolerance - lost, learn=stopping if checkpoints else partial(learned, seed=plan.seed))
-    ladder = Ladder(ladder.paths[first:], plan.glance)
+    learn = {"glance": partial(learned, seed=plan.seed), "checkpoints": stopping, "entry": partial(entering, network.space, ladder)}[plan.control]
+    first, controller, point = settle(fitted, placed, plan.tolerance - lost, learn=learn)
+    ladder = Ladder(ladder.paths[first:], ladder.glance)
     keep_bridges(network, {(plan.glance, network.architecture.depth), *(run for path in ladder.paths for run in network.bridged(path))})
     tell(f"operating at {point.mean_cost:.3f} of the full path, on {len(ladder.paths)} paths")
     certificate = None
@@ -215,6 +217,12 @@ def learned(fit: Outcomes, held: Outcomes, *, seed: int) -> Controller:
 def stopping(fit: Outcomes, held: Outcomes) -> Cascade:
     """Thresholds for checkpoints from `fit`, their budgets and probabilities made true on `held`."""
     return fit_cascade(joined(fit, held), **_parts(fit, held))
+
+
+def entering(space: Space, ladder: Ladder, _: Outcomes, held: Outcomes) -> Entry:
+    """Thresholds on how plain a picture is, placed on `held`, for the dearest rungs of the ladder, as many as the table has."""
+    joined = [0 if path.entering is None else (space.tokens - path.entering) // 3 for path in ladder.paths]  # four patches become one token
+    return fit_entry(held, joined[-len(held.cost) :])
 
 
 def _parts(fit: Outcomes, held: Outcomes) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from apportion.errors import ApportionError, EngineError
 from apportion.measure.latency import Ratio, Timing, interleaved, ratio
 
-PACKAGES = ("timm", "transformers", "tokenizers", "soundfile", "pyarrow", "openvino", "onnxruntime", "lightgbm")
+PACKAGES = ("timm", "transformers", "tokenizers", "soundfile", "pyarrow", "openvino", "onnxruntime", "lightgbm", "triton")
 """Of the extras, in the order of the pipeline: what reads models, what reads data, what serves."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

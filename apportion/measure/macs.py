@@ -44,6 +44,12 @@ def _distance(args: tuple[Any, ...], _: Any) -> int:
     return args[0].numel() * args[1].shape[-2]
 
 
+def _grouped(args: tuple[Any, ...], _: Any) -> int:
+    """Each token by the hidden units of its group, up and down, and by those of the gate where there is one."""
+    x, _rows, counts, up, _bias, gate = args[:6]
+    return sum(k * count for k, count in enumerate(counts)) * len(up) // (len(counts) - 1) * x.shape[1] * (2 if gate is None else 3)
+
+
 _FORMULAS: dict[str, Formula] = {
     "mm": _product(0, 1),
     "bmm": _product(0, 1),
@@ -68,6 +74,7 @@ _FORMULAS: dict[str, Formula] = {
     "_scaled_dot_product_efficient_attention": _attention,
     "_scaled_dot_product_cudnn_attention": _attention,
     "_scaled_dot_product_fused_attention_overrideable": _attention,
+    "grouped_ffn": _grouped,  # methods/triton_kernels.py
 }
 
 # Names that promise a product. Without a formula they are refused: a count of zero would look like a saving.
@@ -93,7 +100,7 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         self.operators += 1
         namespace, name = _name(func)
-        formula = _FORMULAS.get(name) if namespace == "aten" else None
+        formula = _FORMULAS.get(name) if namespace in ("aten", "apportion") else None
         if formula is None:
             # In inference mode composites (matmul, einsum, SDPA) arrive whole.
             with self:

@@ -108,5 +108,23 @@ class Weight(Protocol):
     def strength(self) -> Tensor: ...
 
 
+class Matrix(Weight, Protocol):
+    """A weight that is a matrix and a bias, as they stand."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Layers(FeedForward, Protocol):
+    """The plain FFN: what stands between its two products can be looked at, and done in part."""
+
+    up: Matrix
+    down: Matrix
+    act: nn.Module
+    gate: Matrix | None
+    norm: Nested | None
+    training: bool
+
+
 class Objective(Protocol):
     def __call__(self, student: Tensor, *, teacher: Tensor | None = None, target: Tensor | None = None) -> Tensor: ...

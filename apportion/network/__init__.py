@@ -2,6 +2,7 @@
 
 from apportion.network.architecture import Architecture
 from apportion.network.bridges import Bridge, fit_bridges, keep_bridges, left_out
+from apportion.network.entry import coarse
 from apportion.network.fold import fold
 from apportion.network.model import Network
 from apportion.network.order import sort_by_importance
@@ -15,6 +16,7 @@ __all__ = [
     "Network",
     "Perceiver",
     "PerceiverArchitecture",
+    "coarse",
     "fit_bridges",
     "fold",
     "keep_bridges",

@@ -13,6 +13,7 @@ from apportion.errors import PathError, PlanError
 from apportion.methods import find
 from apportion.methods.task import sight
 from apportion.network.architecture import Architecture
+from apportion.network.entry import Preview, Whole
 from apportion.network.gate import Gate
 from apportion.network.stem import activation, layer_norm, tokeniser
 from apportion.vocab import Notes, Path, Space, Step, Tokens
@@ -248,17 +249,17 @@ class Network(nn.Module):
         """This network along one path: one argument, for compilers and export."""
         return At(self, path)
 
-    def segment(self, first: int, last: int, path: Path) -> Segment:
-        """Steps `first` up to `last` of a path: tokens in, tokens out, or logits where `last` is the end."""
-        return Segment(self, first, last, path)
+    def segment(self, first: int, last: int, path: Path) -> Segment | Whole:
+        """Steps `first` up to `last` of a path: tokens in, tokens out, or logits where `last` is the end. From -1, all of it: a preview's state in."""
+        return Whole(self, path) if (first, last) == (-1, len(path.steps)) else Segment(self, first, last, path)
 
     def station(self, first: int, last: int) -> Station:
         """Steps `first` up to `last` of the full path, and the answer that could be given there: inputs (where `first` is 0) or tokens -> (tokens, logits)."""
         return Station(self, first, last)
 
-    def glance(self, steps: int) -> Glance:
-        """The start that all paths of a ladder share: inputs -> (tokens, signal)."""
-        return Glance(self, steps)
+    def glance(self, steps: int) -> Glance | Preview:
+        """The start that all paths of a ladder share: inputs -> (tokens, signal); of -1 steps, before the tokeniser, the inputs themselves."""
+        return Preview(self) if steps == -1 else Glance(self, steps)
 
 
 class At(nn.Module):

@@ -9,33 +9,18 @@ With a gradient it costs the full width.
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apportion.errors import PlanError
-from apportion.methods import ops
-from apportion.methods.slots import Contribution, FeedForward, Weight
+from apportion.methods import kernels, ops
+from apportion.methods.slots import Contribution, Layers
 from apportion.vocab import Card, Notes
 
 TEMPERATURE = 0.8  # of the noisy choice in training, as published
-
-
-class Biased(Weight, Protocol):
-    bias: Tensor | None
-
-
-class Layers(FeedForward, Protocol):
-    """The plain FFN: what stands between its two products is a learner's to switch off."""
-
-    up: Weight
-    down: Biased
-    act: nn.Module
-    gate: Weight | None
-    norm: object | None
-    training: bool
 
 
 class Gate(nn.Module):
@@ -138,7 +123,12 @@ def weighed(part: Layers, x: Tensor, choice: Tensor) -> Tensor:
 
 
 def grouped(part: Layers, x: Tensor, rows: Tensor, counts: list[int]) -> Tensor:
-    """Tokens `rows` (b * n,), of which the first counts[0] get no learner, the next counts[1] one, and so on: one dense product for each group."""
+    """Tokens `rows` (b * n,), of which the first counts[0] get no learner, the next counts[1] one, and so on.
+
+    One dense product for each group, or two kernels in all: on a CUDA device with Triton, as `kernels.plain_because` says.
+    """
+    if not kernels.plain_because(part, x):
+        return kernels.grouped(part, x, rows, counts)
     unit, none = part.choices[-1] // (len(counts) - 1), x.new_zeros(x.shape[-1]) if part.down.bias is None else part.down.bias
     groups = x.flatten(0, 1).index_select(0, rows).split(counts)
     out = torch.cat([part(group, k * unit) if k else none.expand_as(group) for k, group in enumerate(groups) if len(group)])

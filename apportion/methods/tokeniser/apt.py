@@ -39,7 +39,7 @@ class APT(nn.Module):
 
     def __init__(self, part: Any, *, level: float) -> None:
         super().__init__()
-        self.part, self.level = part, level
+        self.part, self.level, self.levels = part, level, LEVELS
         self.cells = part.grid // 2  # along each side; an odd last row and column stay fine
         full = part.grid**2 + part.prefix
         self.entering = tuple(full - 3 * coarse for coarse in range(self.cells**2, 0, -1))
