@@ -55,11 +55,13 @@ def tuned(
     repeats: int = 6,
     blocks: Annotated[str, typer.Option(help="Smaller networks of so many blocks beside it, such as 6,8.")] = "",
     ways: Annotated[str, typer.Option(help="Such as glance,checkpoints; all by default.")] = "",
+    tests: int = 10_000,
 ) -> None:
     """A pretrained DeiT-Tiny fine-tuned on CIFAR-10 by us, dense against adaptive."""
     from bench import tuned as bench
 
-    bench.main(data, model, runs, repeats=repeats, blocks=[int(each) for each in blocks.split(",") if each], names=[each for each in ways.split(",") if each])
+    sizes, names = [int(each) for each in blocks.split(",") if each], [each for each in ways.split(",") if each]
+    bench.main(data, model, runs, repeats=repeats, blocks=sizes, names=names, tests=tests)
 
 
 @app.command()

@@ -144,7 +144,7 @@ def beside(
     return peers.weighed(found, test, feed, repeats, same)
 
 
-def main(data: File, model: File, runs: File, *, repeats: int = 6, blocks: Sequence[int] = (), names: Sequence[str] = ()) -> None:
+def main(data: File, model: File, runs: File, *, repeats: int = 6, blocks: Sequence[int] = (), names: Sequence[str] = (), tests: int = 10_000) -> None:
     torch.set_num_threads(1)
     begin = time.monotonic()
 
@@ -153,7 +153,8 @@ def main(data: File, model: File, runs: File, *, repeats: int = 6, blocks: Seque
 
     source = read_model(model, timm_name="deit_tiny_patch16_224", image_size=SIZE)
     feed = replace(source.preprocess, size=SIZE, crop=1.0)
-    train, held, test = (enlarged(part, feed) for part in cifar.read(data))
+    train, held, test = cifar.read(data)
+    train, held, test = (enlarged(part, feed) for part in (train, held, test.rows(range(tests))))
     taught = Images(torch.from_numpy(train.images), train.labels, mean=feed.mean, std=feed.std)
     begun = learn(classifier(source, len(train.classes)), taught, DENSE_EPOCHS, runs / "dense")
     tell("fine-tuned; healing")
