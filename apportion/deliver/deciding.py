@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from apportion.errors import ControlError, PlanError
 from apportion.intake import KINDS, Feed, Parts, Samples, Source, Tokenise
 from apportion.measure.doctor import device
 from apportion.measure.forecast import forecast
-from apportion.measure.outcomes import Look, measure_outcomes
+from apportion.measure.outcomes import Look, measure_outcomes, relayed
 from apportion.measure.outcomes import look as look_at
 from apportion.methods.task import said, sureness
 from apportion.network import Network, keep_bridges
@@ -248,7 +249,7 @@ def outcomes(
     `over`: how texts are spread over lengths; costs are means over it. `look`: what answers, where the modules themselves do not.
     """
     if look is None:
-        look = look_at(network.glance(ladder.glance), [network.segment(ladder.glance, len(path.steps), path) for path in ladder.paths])
+        look = looked(network, ladder)
     cost = torch.tensor(mean_rung_macs(network, ladder, over, decision=decision, checkpoints=checkpoints), dtype=torch.float64)
     sizes = samples.sizes(feed)
     order = None if sizes is None else sizes.argsort(stable=True)  # texts of one length share a batch
@@ -258,6 +259,15 @@ def outcomes(
         batches = ((inputs, said(reference(inputs, reference.space.full), a.task)) for inputs, _ in batches)
     table = measure_outcomes(look, batches, cost=(cost / cost[-1]).float(), task=a.task, span=a.span)
     return table if order is None else table.rows(order.argsort())
+
+
+def looked(network: Network, ladder: Ladder) -> Look:
+    """What the modules themselves answer on every rung; exits of the full path share the work that they have in common."""
+    glance, full = network.glance(ladder.glance), network.space.full
+    ends = [ladder.glance, *(len(path.steps) for path in ladder.paths)]
+    if all(path.same_start(full, len(path.steps)) for path in ladder.paths) and 0 <= ladder.glance and all(a < b for a, b in pairwise(ends)):
+        return relayed(glance, [network.station(first, last) for first, last in pairwise(ends)])
+    return look_at(glance, [network.segment(ladder.glance, end, path) for path, end in zip(ladder.paths, ends[1:], strict=True)])
 
 
 def decision_macs(features: int, rungs: int) -> int:

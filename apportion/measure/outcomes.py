@@ -24,6 +24,19 @@ def look(glance: Callable[[Tensor], tuple[Tokens, Tensor]], rungs: Sequence[Call
     return run
 
 
+def relayed(glance: Callable[[Tensor], tuple[Tokens, Tensor]], stations: Sequence[Callable[[Tokens], tuple[Tokens, Tensor]]]) -> Look:
+    """The same for rungs of which each goes on where the one before it ended. Cost of a call: one full forward pass per sample, however many rungs."""
+
+    def run(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        (state, signal), answers = glance(inputs), list[Tensor]()
+        for station in stations:
+            state, answer = station(state)
+            answers.append(answer.float())
+        return signal, torch.stack(answers, 1)
+
+    return run
+
+
 @torch.no_grad()
 def measure_outcomes(
     look: Look, batches: Iterable[tuple[Tensor, Tensor | None]], *, cost: Tensor, task: Task = "classification", span: float = 0.0
