@@ -296,14 +296,18 @@ def engine() -> str:
         "",
         "### Memory",
         "",
-        "What a process that finds its graphs in a cache grew by at most, the run time itself left out: the engine with all paths over the dense graph,",
-        "both at the largest batch.",
+        "What a process that finds its graphs in a cache grew by at most, the run time and the module with its weights left out: the dense graph, and the",
+        "engine with all paths, both at the largest batch.",
         "",
-        "| network | run time | batch | engine over dense |",
-        "|---|---|---|---|",
+        "| network | run time | batch | dense, MiB | engine, MiB | engine over dense |",
+        "|---|---|---|---|---|---|",
     ]
-    lines += [f"| {row['network']} | {row['backend']} | {row['batch']} | {row['engine_over_dense']:.2f}x |" for row in found["memory"]["found"]]
+    for row in found["memory"]["found"]:
+        grown = [(row["peak_bytes"][what] - row["peak_bytes"]["nothing"]) / 2**20 for what in ("dense", "engine")]
+        cells = [row["network"], row["backend"], str(row["batch"]), *(f"{each:.0f}" for each in grown), f"{row['engine_over_dense']:.2f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
     held = found["activations"]["found"]
+    sizes = sorted(held[0]["engine_bytes"], key=int, reverse=True)
     lines += [
         "",
         "### Activations",
@@ -312,12 +316,12 @@ def engine() -> str:
         "network on all of them at once. An engine whose largest batch is smaller runs a call in pieces; so could the dense network. What smaller batches",
         "cost in time is above.",
         "",
-        "| network | dense, all at once, MiB | " + " | ".join(f"engine, {size} at once | dense, {size} at once" for size in held[0]["engine_bytes"]) + " |",
-        "|---|---" + "|---" * 2 * len(held[0]["engine_bytes"]) + "|",
+        "| network | dense, all at once, MiB | " + " | ".join(f"engine, {size} at once | dense, {size} at once" for size in sizes) + " |",
+        "|---|---" + "|---" * 2 * len(sizes) + "|",
     ]
     for row in held:
         whole = row["dense_bytes"][str(row["samples"])]
-        shares = [f"{row['engine_bytes'][size] / whole:.2f}x | {row['dense_bytes'][size] / whole:.2f}x" for size in row["engine_bytes"]]
+        shares = [f"{row['engine_bytes'][size] / whole:.2f}x | {row['dense_bytes'][size] / whole:.2f}x" for size in sizes]
         lines.append(f"| {row['network']} | {whole / 2**20:.1f} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
