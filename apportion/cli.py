@@ -180,6 +180,7 @@ def adapt(
             certify=wanted.confidence > 0,
             least_steps=STEPS,
             perceiver=method == "perceiver",
+            stem="patch" if method == "apt" else None,
             folder=to / "training" / "dense",
             tell=told(quiet),
         )

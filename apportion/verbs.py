@@ -17,7 +17,7 @@ from apportion import methods
 from apportion.control import offered
 from apportion.deliver.adapted import Adapted, load
 from apportion.deliver.answers import spelled
-from apportion.deliver.beginning import at_once, foreseen, graph_lengths, one_of, perceiver_of, to_scale, wanted
+from apportion.deliver.beginning import Stem, at_once, begin_with, foreseen, graph_lengths, one_of, perceiver_of, to_scale, wanted
 from apportion.deliver.costs import profile
 from apportion.deliver.deciding import BATCH, control, outcomes
 from apportion.deliver.ranking import Ranking, Tell, Wanted, made_up, rank, silent
@@ -122,13 +122,14 @@ def scratch(
     certify: bool = False,
     least_steps: int = 0,
     perceiver: bool = False,
+    stem: Stem | None = None,
     folder: File | None = None,
     tell: Tell = silent,
 ) -> tuple[Network, Feed, Parts]:
     """Train a dense network for people who bring data and no model; then it goes through `adapt`.
 
     `perceiver`: one network for many numbers of latents, widths and depths instead (`network.Perceiver`, `train.nested`), for classes of pictures; `adapt` then
-    chooses among its settings, without a method or teaching.
+    chooses among its settings, without a method or teaching. `stem`: how pictures begin; "patch", a product for each, is what the method `apt` can join.
 
     What the data are, `kind` says ("images", "texts", "recordings", "rows", "series"), or a `feed`, or else the data themselves (`intake.fresh.kind_of`).
     Without an `architecture` it is one of moderate size. Of texts a `vocabulary` of so many pieces of words is learned, from those alone that teach, and they
@@ -141,6 +142,7 @@ def scratch(
     samples, what = parts.teach, KINDS[which][1]
     assert samples is not None  # Parts.read was asked for some
     feed, shape = fresh.fitted(begun, samples, architecture, task=task, length=length, vocabulary=vocabulary)
+    shape = begin_with(shape, stem)
     parts.check(shape.classes)
     if task in CHOOSE and (shape.classes < 2 or (samples.labels is not None and samples.labels.ndim == 1 and len(samples.labels.unique()) < 2)):
         one = "" if samples.labels is None else f", {samples.classes[max(0, int(samples.labels.max()))]!r}"

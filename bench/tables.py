@@ -369,7 +369,7 @@ def correct(share: float, samples: int) -> str:
 
 
 def peers() -> str:
-    """`results/peers.json` and `tuned.json` as a page: what else one could do with the same weights, timed in the same rounds."""
+    """`results/peers.json` as a page: what else one could do with the same weights, timed in the same rounds."""
     found = json.loads((FOLDER / "peers.json").read_text())
     lines = [
         "# Other ways",
@@ -380,8 +380,6 @@ def peers() -> str:
         machine(found),
         "",
         *ways(found["peers"], found["images"]),
-        "",
-        *tuned(),
     ]
     return "\n".join([*lines, "", *smaller(), ""])
 
@@ -405,24 +403,6 @@ def ways(rows: list[dict[str, Any]], images: int) -> list[str]:
             ]
         lines.append(f"| {row['peer']} | {correct(row['accuracy'], images)} | {row['gmacs']:.3f} | {' | '.join(cells)} |")
     return lines
-
-
-def tuned() -> list[str]:
-    """A pretrained network that was fine-tuned and then made adaptive."""
-    found = json.loads((FOLDER / "tuned.json").read_text())
-    recipe, networks = found["recipe"], found["networks"]
-    return [
-        "## A pretrained network, fine-tuned",
-        "",
-        f"`python -m bench tuned`: DeiT-Tiny at {found['size']} pixels, fine-tuned on {found['pictures']:,} pictures of CIFAR-10 for"
-        f" {recipe['dense_epochs']:g} epochs ({100 * networks['before']['accuracy']:.2f} % of {found['images']:,} test pictures),",
-        f"healed for {recipe['healing_epochs']:g} ({100 * networks['healed']['accuracy']:.2f} % at full). *Trained on* is the dense network after as many"
-        f" multiply-adds more as healing took, {recipe['longer_epochs']:.2f} epochs ({100 * networks['longer']['accuracy']:.2f} %).",
-        f"Columns as above; in single precision all run times answer alike, so accuracy is of the calls on OpenVINO. {machine(found)}",
-        "",
-        *ways(found["peers"], found["images"]),
-        "",
-    ]
 
 
 def smaller() -> list[str]:

@@ -14,6 +14,7 @@ from sklearn.datasets import load_wine
 
 from apportion import verbs
 from apportion.deliver.adapted import load
+from apportion.deliver.beginning import begin_with
 from apportion.errors import DataError, PlanError
 from apportion.intake import KINDS, ImageSet, RowSet, Tabulate, TextSet, Tokenise, fresh, read_rows
 from apportion.intake.vocabulary import entries, learned
@@ -241,3 +242,10 @@ def test_tables_the_whole_way(tmp_path: File) -> None:
     (tmp_path / "odd.csv").write_text(data.read_text().split("\n")[0] + "\n" + ",".join(["strong", "many", *["1"] * 11, "barolo"]) + "\n")
     (row,) = verbs.run(out, [data, tmp_path / "odd.csv"])[1]
     assert row[0].endswith("odd.csv, line 2") and "'many' in column 'malic_acid'" in row[1]
+
+
+def test_pictures_whose_patches_may_be_joined_begin_with_a_product_for_each() -> None:
+    begun = Architecture(image_size=16, patch=4, dim=8, depth=1, heads=1, hidden=8, classes=2, stem="conv")
+    assert begin_with(begun, "patch").stem == "patch" and begin_with(begun, None) is begun
+    with pytest.raises(PlanError, match="no picture"):
+        begin_with(Architecture(0, 0, 16, 1, 2, 32, 2, numbers=2), "patch")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,17 @@ def foreseen(quality: Tensor, samples: Samples, task: Task, tell: Tell) -> None:
     tell(f"the dense model: {METRICS[task]} {100 * good:.2f} % on the {len(samples)} samples for the test")
     if task == "classification" and labels is not None and good < 1 / len(labels.unique()):
         tell("which is less than guessing: do these labels mean its outputs? A classes.json (name to number) beside class folders says which output each is")
+
+
+Stem = Literal["conv", "patch"]
+"""How pictures begin: with convolutions, or with one product for each patch."""
+
+
+def begin_with(a: Architecture, stem: Stem | None) -> Architecture:
+    """This shape with that stem; the shape as it is for None. Raises PlanError where there are no pictures."""
+    if stem is not None and not a.image_size:
+        raise PlanError(f"a stem of {stem!r} for what is no picture", wanted="pictures", do="Leave it out, or use another method than `apt`.")
+    return a if stem is None else replace(a, stem=stem)
 
 
 def perceiver_of(a: Architecture, task: Task) -> Perceiver:

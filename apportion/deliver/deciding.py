@@ -265,7 +265,7 @@ def looked(network: Network, ladder: Ladder) -> Look:
     """What the modules themselves answer on every rung; exits of the full path share the work that they have in common."""
     glance, full = network.glance(ladder.glance), network.space.full
     ends = [ladder.glance, *(len(path.steps) for path in ladder.paths)]
-    if all(path.same_start(full, len(path.steps)) for path in ladder.paths) and 0 <= ladder.glance and all(a < b for a, b in pairwise(ends)):
+    if all(path.same_start(full, len(path.steps)) for path in ladder.paths) and 0 <= ladder.glance and ends[1] and all(a <= b for a, b in pairwise(ends)):
         return relayed(glance, [network.station(first, last) for first, last in pairwise(ends)])
     return look_at(glance, [network.segment(ladder.glance, end, path) for path, end in zip(ladder.paths, ends[1:], strict=True)])
 

@@ -292,14 +292,14 @@ class Station(nn.Module):
     def __init__(self, network: Network, first: int, last: int) -> None:
         super().__init__()
         full = network.space.full
-        if not 0 <= first < last <= len(full.steps):
+        if not 0 <= first <= last <= len(full.steps) or not last:
             raise PathError(f"steps {first} to {last}", wanted=f"a range within the {len(full.steps)} steps of the full path", do="Correct the range.")
-        self.network, self.steps, self.patch = network, full.steps[first:last], full.patch
+        self.network, self.steps, self.patch, self.block = network, full.steps[first:last], full.patch, full.steps[last - 1].block
 
     def forward(self, given: Tensor | Tokens) -> tuple[Tokens, Tensor]:
         tokens = given if isinstance(given, tuple) else self.network.tokeniser(given, self.patch)
         tokens = self.network.run(tokens, self.steps)
-        return tokens, self.network.finish(tokens, after=self.steps[-1].block)
+        return tokens, self.network.finish(tokens, after=self.block)
 
 
 class Glance(nn.Module):
