@@ -28,7 +28,7 @@ def _tile(schedule, GROUPS: tl.constexpr):
     """This program's group: its number in there, the group's first row, end and hidden units."""
     program = tl.program_id(0)
     first, begin, end, units = program * 0, program * 0, program * 0, program * 0
-    for group in tl.static_range(GROUPS):  # pyright: ignore[reportGeneralTypeIssues]  # the interpreter of a kernel unrolls it
+    for group in tl.static_range(GROUPS):  # pyright: ignore[reportGeneralTypeIssues]  # Triton unrolls it
         ours = program >= (schedule[4 * group] - 3) // 2  # the last one that has begun
         first = tl.where(ours, (schedule[4 * group] - 3) // 2, first)
         begin = tl.where(ours, (schedule[4 * group + 1] - 3) // 2, begin)
