@@ -240,7 +240,7 @@ def test_the_whole_way_from_the_shell(tmp_path: File) -> None:
 
 @pytest.mark.slow
 def test_exits_learn_maps_of_their_own_and_the_model_stays_as_it_was_read(tmp_path: File) -> None:
-    data, feed = painted(tmp_path / "data", 60, labels=True), Preprocess(32, (0.5,) * 3, (0.25,) * 3)
+    data, feed = painted(tmp_path / "data", 70, labels=True), Preprocess(32, (0.5,) * 3, (0.25,) * 3)
     plan = verbs.with_method(Plan(rungs=3, tolerance=60.0, glance=1, never_slower=False, epochs=2.0), "exits")
     weighed = verbs.adapt(small(), str(data), preprocess=feed, plan=plan, backend="eager", buckets=(4,), repeats=2)
     network, read = weighed.adapted.bundle.network, small()
