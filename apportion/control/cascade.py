@@ -11,7 +11,7 @@ from sklearn.isotonic import IsotonicRegression
 from torch import Tensor, nn
 
 from apportion.control.labels import check_table
-from apportion.control.rules import out_of_reach
+from apportion.control.rules import within_reach
 from apportion.errors import ControlError
 from apportion.vocab import Outcomes
 
@@ -63,10 +63,7 @@ class Cascade(nn.Module):
 
     def setting(self, *, budget: float = math.inf, cap: float = math.inf) -> tuple[Tensor, Tensor]:
         """Budget and cap as `limits` wants them. Raises ControlError where not even the cheapest rung fits."""
-        for amount in (budget, cap):
-            if not amount >= self.cost[0].item():
-                raise out_of_reach(amount, self.cost)
-        return self.cost.new_tensor(budget).clamp_max(self.cost[-1]), self.cost.new_tensor(cap)
+        return within_reach(self.cost, budget, cap)
 
     def limits(self, budget: Tensor, cap: Tensor) -> Tensor:
         """The margin from which on a sample leaves at each checkpoint, (k - 1,)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from apportion.control.complexity import Complexity, calibrate, fit_complexity
 from apportion.control.labels import check_table
 from apportion.control.policy import Policy, choose, fit_policy, prices
-from apportion.control.rules import out_of_reach
+from apportion.control.rules import within_reach
 from apportion.errors import ControlError
 from apportion.vocab import Outcomes
 
@@ -56,10 +56,7 @@ class Controller(nn.Module):
 
     def setting(self, *, budget: float = math.inf, cap: float = math.inf) -> tuple[Tensor, Tensor]:
         """Budget and cap as `forward` wants them. Raises ControlError where not even the cheapest rung fits."""
-        for amount in (budget, cap):
-            if not amount >= self.cost[0].item():
-                raise out_of_reach(amount, self.cost)
-        return self.cost.new_tensor(budget).clamp_max(self.cost[-1]), self.cost.new_tensor(cap)
+        return within_reach(self.cost, budget, cap)
 
     def chosen(self, outcomes: Outcomes, budget: float, cap: float = math.inf) -> Tensor:
         """The rung for each row of a table, (n,) int64."""

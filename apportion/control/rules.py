@@ -55,6 +55,14 @@ class Hull:
         return reached
 
 
+def within_reach(cost: Tensor, budget: float, cap: float) -> tuple[Tensor, Tensor]:
+    """Budget and cap as tensors beside these costs, the budget no more than the full path's. Raises ControlError where not even the cheapest rung fits."""
+    for amount in (budget, cap):
+        if not amount >= cost[0].item():
+            raise out_of_reach(amount, cost)
+    return cost.new_tensor(budget).clamp_max(cost[-1]), cost.new_tensor(cap)
+
+
 def out_of_reach(budget: float, cost: Tensor) -> ControlError:
     """The error for a budget that not even the cheapest rung meets."""
     return ControlError(
