@@ -113,7 +113,15 @@ def answers(network: Network, test: ImageSet, feed: Preprocess) -> dict[str, Any
 
 
 def beside(
-    dense: Network, longer: Network, network: Network, shorter: dict[int, Network], test: ImageSet, feed: Preprocess, runs: File, repeats: int
+    dense: Network,
+    longer: Network,
+    network: Network,
+    shorter: dict[int, Network],
+    test: ImageSet,
+    feed: Preprocess,
+    runs: File,
+    repeats: int,
+    placed: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Accuracy and time of every other way. Single precision answers alike on all run times, so each network is asked on OpenVINO alone."""
     merging = copy.deepcopy(dense)
@@ -138,9 +146,8 @@ def beside(
     same = {f"dense, {name}": "dense, OpenVINO" for name in others}
     found["dense, ONNX Runtime, INT8"] = peers.graphed(dense.at(dense.space.full), whole, "onnxruntime-int8", size=SIZE, batches=BUCKETS)
     found["early exit that masks, OpenVINO"] = peers.graphed(peers.Masked(network, 8).eval(), whole, "openvino", size=SIZE, batches=BUCKETS)
-    for name, way in WAYS.items():
-        if (runs / name).exists():  # a way that did not hold its tolerance left no bundle
-            found[f"adaptive, {name}, {way.backend}"] = peers.adaptive(runs / name, way.backend, way.buckets)
+    for name in placed:
+        found[f"adaptive, {name}, {WAYS[name].backend}"] = peers.adaptive(runs / name, WAYS[name].backend, WAYS[name].buckets)
     return peers.weighed(found, test, feed, repeats, same)
 
 
@@ -181,7 +188,8 @@ def main(data: File, model: File, runs: File, *, repeats: int = 6, blocks: Seque
             found[name] = {"missed": str(error)}
             tell(f"missed: {error}")
     tell("beside what else one could do")
-    others = beside(begun, longer, network, shorter, test, feed, runs, 2 * repeats)
+    placed = [name for name, way in found.items() if "missed" not in way]  # not what another call left in the folder
+    others = beside(begun, longer, network, shorter, test, feed, runs, 2 * repeats, placed)
     recipe = {**SHARED, "dense_epochs": DENSE_EPOCHS, "rate": RATE, "healing_epochs": HEALING_EPOCHS, "healing_rate": HEALING_RATE, "longer_epochs": spent}
     results.write(
         "tuned",
