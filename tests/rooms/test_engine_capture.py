@@ -78,11 +78,12 @@ def test_threads_take_turns():
 
 def test_another_call_is_refused_and_inputs_are_not_touched():
     with serving():
-        graph = captured(build(Toy(), toy_inputs(), backend="eager", name="toy"), toy_inputs(), name="toy", pool=Pool(Shared()))
+        example = toy_inputs()
+        graph = captured(build(Toy(), example, backend="eager", name="toy"), example, name="toy", pool=Pool(Shared()))
         state, budget = toy_inputs(seed=1)
         before = state.x.clone()
         graph(state, budget)
-        assert torch.equal(state.x, before)
+        assert torch.equal(state.x, before) and torch.equal(example[0].x, toy_inputs()[0].x)
         with pytest.raises(EngineError, match="toy was not built for"):
             graph(state._replace(x=state.x[:1], place=state.place[:1]), budget)
 
